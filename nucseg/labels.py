@@ -1,0 +1,48 @@
+"""The label-map contract, stated once: 2-D integers, 0 = background, one positive id per nucleus.
+
+Ids need not be contiguous, and one id in several pieces is one nucleus (REFERENCE 4.5). A binary mask is not a
+label map: it would be one nucleus.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def check_label_map(labels: np.ndarray, name: str = "labels") -> np.ndarray:
+    """Return `labels` unchanged if it is a label map, and say what is wrong with it otherwise.
+
+    Parameters
+    ----------
+    labels
+        Candidate label map, (H, W), any integer dtype, values >= 0.
+    name
+        The argument's name, for the message.
+
+    Raises
+    ------
+    TypeError
+        If it is not an array of integers (boolean and float arrays are refused).
+    ValueError
+        If it is not 2-D or holds negative ids.
+    """
+    if not isinstance(labels, np.ndarray):
+        raise TypeError(f"{name}: expected a numpy array, got {type(labels).__name__}")
+    if labels.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name}: a label map holds integers, got {labels.dtype}; "
+            "label a binary mask first, for example with skimage.measure.label"
+        )
+    if labels.ndim != 2:
+        raise ValueError(f"{name}: a label map is 2-D, got shape {labels.shape}")
+    if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
+        raise ValueError(f"{name}: ids must be >= 0, found {labels.min()}")
+    return labels
+
+
+def relabel(labels: np.ndarray) -> np.ndarray:
+    """Renumber the ids of a label map to 1..n in their order, background kept 0; (H, W) int32."""
+    check_label_map(labels)
+    values, inverse = np.unique(labels, return_inverse=True)
+    start = 0 if values.size and values[0] == 0 else 1
+    return (inverse.reshape(labels.shape) + start).astype(np.int32)

@@ -1,0 +1,41 @@
+"""What every segmenter is: a network with a loss on label maps and a prediction that is a label map."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Instances(NamedTuple):
+    """A prediction: a label map with ids 1..n, and the confidence of each nucleus."""
+
+    labels: np.ndarray  # (H, W) int32, 0 = background
+    scores: np.ndarray  # (n,) float32 in [0, 1]; scores[i] belongs to id i + 1
+
+
+class Segmenter(nn.Module, ABC):
+    """The interface behind which every system of Table IV runs.
+
+    To add one, write one file with a subclass and its frozen configuration, and name it in `nucseg.models.REGISTRY`.
+    """
+
+    @abstractmethod
+    def loss(
+        self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return the named loss terms of a batch; training minimises their sum.
+
+        `images` are in [0, 1]; targets are made from `label_maps` on their device. Crops without nuclei are allowed.
+        """
+
+    @abstractmethod
+    def predict_instances(self, image: np.ndarray) -> Instances:
+        """Segment one whole image, (H, W, 3) uint8 of any size from 32 pixels."""
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """Segment one whole image, (H, W, 3) uint8, into a label map, (H, W) int32."""
+        return self.predict_instances(image).labels
