@@ -24,9 +24,7 @@ class Segmenter(nn.Module, ABC):
     """
 
     @abstractmethod
-    def loss(
-        self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]
-    ) -> dict[str, Float[Tensor, ""]]:
+    def loss(self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]) -> dict[str, Float[Tensor, ""]]:
         """Return the named loss terms of a batch; training minimises their sum.
 
         `images` are in [0, 1]; targets are made from `label_maps` on their device. Crops without nuclei are allowed.
