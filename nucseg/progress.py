@@ -1,0 +1,98 @@
+"""One progress helper that knows where it runs.
+
+In a terminal it is a bar. Under ``nucseg reproduce`` the notebook's kernel reports to the file that
+``NUCSEG_PROGRESS`` names, and the bar is the parent's. In a notebook it is one line, rewritten in place, which is
+also readable in static HTML. Elsewhere (tests, logs) it is silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+_stack: list[Task] = []
+
+
+class Task:
+    """A piece of work in `total` steps; tasks nest, and the outer one moves on by what the inner one has done."""
+
+    def __init__(self, text: str, total: int):
+        self.text, self.total, self.done, self.detail = text, max(1, total), 0.0, ""
+
+    def update(self, done: float, detail: str = "") -> None:
+        """Say how many of the steps are done, and in a few words what is being done."""
+        self.done, self.detail = min(done, self.total), detail
+        _show()
+
+    def __call__(self, done: float, total: float, detail: str = "") -> None:
+        """Report in the form in which the stages do: so many done of so many."""
+        self.update(self.total * done / max(total, 1), detail)
+
+
+@contextlib.contextmanager
+def task(text: str, total: int = 1) -> Iterator[Task]:
+    """Open a task, show its progress while the block runs, and close it."""
+    new = Task(text, total)
+    _stack.append(new)
+    _show()
+    try:
+        yield new
+    finally:
+        _stack.remove(new)
+        _show(finished=not _stack)
+
+
+def fraction() -> float:
+    """Return how much of the outermost open task is done, in 0..1."""
+    inner = 0.0
+    for each in reversed(_stack):
+        inner = min(1.0, (each.done + inner) / each.total)
+    return inner
+
+
+def describe() -> str:
+    """Return the open tasks, outermost first, in one line."""
+    parts = [each.text for each in _stack]
+    if _stack and _stack[-1].detail:
+        parts.append(_stack[-1].detail)
+    return " · ".join(parts)
+
+
+_last = 0.0
+_bar: tqdm | None = None
+
+
+def _show(finished: bool = False) -> None:
+    global _last, _bar
+    now = time.monotonic()
+    if not finished and now - _last < 0.2:
+        return
+    _last = now
+    if path := os.environ.get("NUCSEG_PROGRESS"):
+        part = f"{path}.part"
+        with open(part, "w") as file:
+            json.dump({"fraction": fraction(), "text": describe()}, file)
+        os.replace(part, path)
+    elif "PYTEST_CURRENT_TEST" in os.environ or os.environ.get("NUCSEG_QUIET"):
+        return
+    elif _in_notebook():
+        end = "\n" if finished else ""
+        print(f"\r{100 if finished else 100 * fraction():3.0f} %  {describe():<90.90}", end=end, flush=True)
+    elif sys.stderr.isatty():
+        if _bar is None:
+            _bar = tqdm(total=100, bar_format="{l_bar}{bar:30}| {elapsed}<{remaining} {desc}", leave=False)
+        _bar.n = 100 * fraction()
+        _bar.set_description_str(describe()[:80])
+        if finished:
+            _bar.close()
+            _bar = None
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules

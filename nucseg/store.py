@@ -1,0 +1,194 @@
+"""Results on disk: every stage's result is a folder named by all that it depends on, so a run can always go on.
+
+A stage's key is the hash of its resolved configuration, of the keys of the results it was made from, and of the code
+that made it. A result is written beside its place and moved there when it is complete: a killed run loses the stage
+in hand and nothing else, a second run repeats nothing, and changed parameters never meet an old model.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import datetime
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nucseg.config import to_plain
+
+
+def home() -> Path:
+    """Return the folder that holds ``notebooks/``, ``runs/``, ``tables/`` and ``figures/``.
+
+    It is ``NUCSEG_HOME`` where that is set, else the checkout that nucseg is installed from, else the current folder.
+    """
+    if folder := os.environ.get("NUCSEG_HOME"):
+        return Path(folder).expanduser().resolve()
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One stage's finished result.
+
+    Attributes
+    ----------
+    path
+        Its folder.
+    key
+        The hash that names it; the first eight digits are the run id that tables and figures print.
+    meta
+        What made it: configuration, inputs, versions, hardware, seconds.
+    """
+
+    path: Path
+    key: str
+    meta: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        return self.key[:8]
+
+
+class Store:
+    """The results folder of one profile."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def get(
+        self,
+        stage: str,
+        config: Any,
+        make: Callable[[Path], Mapping[str, Any] | None],
+        inputs: Sequence[str] = (),
+        code: Sequence[str] = (),
+    ) -> Result:
+        """Return a stage's result, making it first if it is not there.
+
+        Parameters
+        ----------
+        stage
+            The stage's name, a folder under the root.
+        config
+            All that the result depends on beside its inputs: dataclasses, mappings and plain values.
+        make
+            Called with an empty folder to fill; what it returns is kept in the result's ``meta.json``.
+        inputs
+            Keys of the results (or fingerprints of the data) that `make` reads.
+        code
+            Names of the modules whose code makes the result.
+        """
+        record = {"stage": stage, "config": to_plain(config), "inputs": list(inputs), "code": code_version(*code)}
+        key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
+        place = self.root / stage / key
+        if found := self._read(place):
+            return found
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(place.parent / f".{key}.lock"):
+            if found := self._read(place):  # another process made it while this one waited
+                return found
+            for left_over in place.parent.glob(f".{key}.*.part"):  # of a killed run: we hold the lock
+                shutil.rmtree(left_over)
+            part = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".part", dir=place.parent))
+            try:
+                started = time.time()
+                more = make(part) or {}
+                meta = {
+                    **record,
+                    "key": key,
+                    "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
+                    "seconds": round(time.time() - started, 2),
+                    **environment(),
+                    **to_plain(more),
+                }
+                write_text(part / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+                os.replace(part, place)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+        return Result(place, key, meta)
+
+    def _read(self, place: Path) -> Result | None:
+        try:
+            return Result(place, place.name, json.loads((place / "meta.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+    def results(self, stage: str) -> Iterator[Result]:
+        """Yield every finished result of a stage."""
+        for meta in sorted((self.root / stage).glob("*/meta.json")):
+            if not meta.parent.name.startswith("."):
+                yield Result(meta.parent, meta.parent.name, json.loads(meta.read_text()))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The kernel drops the lock when its holder dies, so a killed run never blocks the next one.
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file beside its place and move it there, so that no reader ever sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+@functools.cache
+def code_version(*modules: str) -> str:
+    """Return a hash of the modules' code, the same when only comments, docstrings or layout change.
+
+    A package stands for all modules inside it. Nothing is imported.
+    """
+    digest = hashlib.sha256()
+    for name in modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"no module {name!r} to take the code version of")
+        origin = Path(spec.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        for file in files:
+            tree = ast.parse(file.read_text())
+            for node in ast.walk(tree):
+                body = getattr(node, "body", None)
+                if isinstance(body, list) and body and _is_docstring(body[0]):
+                    del body[0]
+            digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Return the versions and the hardware that a result was made with."""
+    import torch
+
+    import nucseg
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {
+        "nucseg": nucseg.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+    }

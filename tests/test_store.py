@@ -1,0 +1,121 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from nucseg.store import Store, code_version, home, write_text
+
+
+def make_text(text):
+    def make(folder):
+        (folder / "out.txt").write_text(text)
+        return {"note": text}
+
+    return make
+
+
+def fail(folder):
+    raise AssertionError("made again")
+
+
+def test_a_result_is_made_once_and_found_again(tmp_path):
+    store = Store(tmp_path)
+    first = store.get("masks", {"count": 2}, make_text("a"), code=["nucseg.config"])
+    again = Store(tmp_path).get("masks", {"count": 2}, fail, code=["nucseg.config"])
+    assert again.path == first.path
+    assert (again.path / "out.txt").read_text() == "a"
+    assert again.meta["note"] == "a"
+    assert {"seconds", "torch", "device", "started"} <= set(again.meta)
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "code"),
+    [({"count": 3}, ["x"], ["nucseg.config"]), ({"count": 2}, ["y"], ["nucseg.config"]), ({"count": 2}, ["x"], [])],
+)
+def test_a_changed_setting_input_or_code_makes_another_result(tmp_path, config, inputs, code):
+    store = Store(tmp_path)
+    old = store.get("masks", {"count": 2}, make_text("a"), ["x"], ["nucseg.config"])
+    new = store.get("masks", config, make_text("b"), inputs, code)
+    assert new.key != old.key
+    assert (old.path / "out.txt").read_text() == "a"
+
+
+def test_a_stage_that_fails_leaves_nothing_behind(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(AssertionError, match="made again"):
+        store.get("masks", {}, fail)
+    assert list(store.results("masks")) == []
+    assert not list((tmp_path / "masks").glob("*.part"))
+
+
+def test_a_run_killed_inside_a_stage_loses_that_stage_alone(tmp_path):
+    script = textwrap.dedent(f"""
+        import time
+        from nucseg.store import Store
+        store = Store({str(tmp_path)!r})
+        def first(folder): (folder / "out.txt").write_text("first")
+        def second(folder):
+            (folder / "half.txt").write_text("half")
+            print("in second", flush=True)
+            time.sleep(60)
+        a = store.get("a", {{}}, first)
+        store.get("b", {{}}, second, [a.key])
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in second\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    store = Store(tmp_path)
+    a = store.get("a", {}, fail)
+    b = store.get("b", {}, make_text("whole"), [a.key])
+    assert sorted(p.name for p in b.path.iterdir()) == ["meta.json", "out.txt"]
+    assert not list((tmp_path / "b").glob("*.part"))
+
+
+def test_two_processes_make_a_result_once(tmp_path):
+    script = textwrap.dedent(f"""
+        import os, time
+        from nucseg.store import Store
+        def make(folder):
+            time.sleep(0.5)
+            open({str(tmp_path / "log")!r}, "a").write("made\\n")
+        Store({str(tmp_path)!r}).get("a", {{}}, make)
+    """)
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    assert (tmp_path / "log").read_text() == "made\n"
+
+
+def test_code_version_ignores_comments_and_docstrings_only(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def version(source):
+        (tmp_path / "scratch_module.py").write_text(source)
+        code_version.cache_clear()
+        return code_version("scratch_module")
+
+    plain = version("def f(x):\n    return x + 1\n")
+    assert version('"""Doc."""\ndef f(x):  # why\n    """Add."""\n    return (x + 1)\n') == plain
+    assert version("def f(x):\n    return x + 2\n") != plain
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        code_version("no_such_module")
+
+
+def test_home_is_the_checkout_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCSEG_HOME", str(tmp_path))
+    assert home() == tmp_path.resolve()
+    monkeypatch.delenv("NUCSEG_HOME")
+    assert (home() / "notebooks").is_dir()
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path):
+    write_text(tmp_path / "new" / "a.json", json.dumps({"x": 1}))
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": 1}
+    assert os.listdir(tmp_path / "new") == ["a.json"]
+    assert time.time() - (tmp_path / "new" / "a.json").stat().st_mtime < 60
