@@ -1,0 +1,170 @@
+"""Paired comparison of two systems over the same images (Sec. IV-C; REFERENCE 4.6, A40).
+
+The paper prints P-values of paired t-tests. With one value per test image they are impossible (5.60e-29 at n = 14 needs
+|t| = 478), so the unit must have been patches or nuclei, which are not independent. Here the unit is the image: average
+a system's seeds per image first, then test. Every result carries its n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+ROUNDING = 1e-12  # scores lie in [0, 1]; a smaller difference is floating-point noise, and noise must not be ranked
+
+
+class PairedTests(NamedTuple):
+    """The comparison of a with b over n images; differences are a - b."""
+
+    mean_difference: float
+    ci_low: float
+    ci_high: float
+    t_p: float
+    wilcoxon_p: float
+    n: int
+
+
+def paired_tests(
+    a: ArrayLike,
+    b: ArrayLike,
+    ids_a: Sequence[Hashable] | None = None,
+    ids_b: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedTests:
+    """Compare two systems by their scores on the same images.
+
+    Parameters
+    ----------
+    a, b
+        One score per image, (n,), in [0, 1]. Average over seeds before the call: seeds are no further images.
+    ids_a, ids_b
+        The images' names, both or neither. With names the pairs are made by name, in any order; without them a[i] and
+        b[i] must be the same image.
+    level
+        Coverage of the interval, in (0, 1).
+    resamples, seed
+        Bootstrap resamples of the images (percentile method, which is a little narrow at n around 14), and their seed.
+
+    Returns
+    -------
+    PairedTests
+        Mean of a - b, its bootstrap interval, the two-sided paired t and Wilcoxon signed-rank p (zero differences are
+        left out of the ranking; exact for small n), and n. Special cases:
+
+        - fewer than two images: the interval and both p are NaN (and so is the mean when there is none);
+        - no difference on any image: both p are 1 and the interval is [0, 0];
+        - the same non-zero difference on every image: the t p is NaN, for there is no spread to test it against.
+
+    Raises
+    ------
+    ValueError
+        If the lengths or names do not fit, a name occurs twice, or a score is NaN or infinite: metrics never give
+        NaN, so one is a fault upstream, and leaving the image out would hide it.
+    """
+    difference = _differences(a, b, ids_a, ids_b)
+    n = difference.size
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    if resamples < 1:
+        raise ValueError(f"resamples: expected at least 1, got {resamples}")
+    nan = float("nan")
+    if n < 2:
+        return PairedTests(float(difference[0]) if n else nan, nan, nan, nan, nan, n)
+    if not difference.any():
+        return PairedTests(0.0, 0.0, 0.0, 1.0, 1.0, n)
+    draws = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+    low, high = np.quantile(difference[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    constant = np.ptp(difference) < ROUNDING
+    t_p = nan if constant else float(stats.ttest_1samp(difference, 0.0).pvalue)
+    wilcoxon_p = float(stats.wilcoxon(difference[difference != 0]).pvalue)
+    return PairedTests(float(difference.mean()), float(low), float(high), t_p, wilcoxon_p, n)
+
+
+def effect_size(
+    a: ArrayLike,
+    b: ArrayLike,
+    ids_a: Sequence[Hashable] | None = None,
+    ids_b: Sequence[Hashable] | None = None,
+) -> float:
+    """Return Cohen's d of paired scores: the mean of a - b over its standard deviation between images (n - 1).
+
+    It is 0 when there is no difference at all, and NaN with fewer than two images or when every image differs by the
+    same amount. Arguments and errors are those of `paired_tests`.
+    """
+    difference = _differences(a, b, ids_a, ids_b)
+    if difference.size < 2:
+        return float("nan")
+    if not difference.any():
+        return 0.0
+    if np.ptp(difference) < ROUNDING:
+        return float("nan")
+    return float(difference.mean() / difference.std(ddof=1))
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Return Holm's step-down adjusted p-values, (n,), in the order given.
+
+    A NaN stands for a comparison that was not made: it stays NaN and does not count.
+
+    Raises
+    ------
+    ValueError
+        If a value is outside [0, 1].
+    """
+    p = np.asarray(p_values, dtype=float)
+    if p.ndim != 1:
+        raise ValueError(f"p_values: expected one dimension, got shape {p.shape}")
+    if ((p < 0) | (p > 1)).any():
+        raise ValueError(f"p_values: expected values in [0, 1], got {p[(p < 0) | (p > 1)][0]}")
+    adjusted = np.full(p.shape, np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = p[order] * np.arange(order.size, 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def _differences(a: ArrayLike, b: ArrayLike, ids_a: Sequence | None, ids_b: Sequence | None) -> np.ndarray:
+    """Return a - b per image, checked and paired, differences that are floating-point noise set to 0."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if (ids_a is None) != (ids_b is None):
+        raise ValueError("ids_a and ids_b: give both or neither")
+    for name, scores, ids in (("a", a, ids_a), ("b", b, ids_b)):
+        if scores.ndim != 1:
+            raise ValueError(f"{name}: expected one score per image, got shape {scores.shape}")
+        if ids is not None:
+            _check_ids(name, scores, list(ids))
+        if not np.isfinite(scores).all():
+            at = int(np.flatnonzero(~np.isfinite(scores))[0])
+            image = f"image {list(ids)[at]!r}" if ids is not None else f"position {at}"
+            raise ValueError(f"{name}: the score of {image} is {scores[at]}; score that image again")
+    if ids_a is not None and ids_b is not None:
+        place = {name: i for i, name in enumerate(ids_b)}
+        lonely = sorted(map(str, set(ids_a) ^ set(ids_b)))
+        if lonely:
+            raise ValueError(
+                f"ids_a and ids_b: {len(lonely)} image(s) are in one only, such as {', '.join(lonely[:3])}; "
+                "compare systems on the same images"
+            )
+        b = b[[place[name] for name in ids_a]]
+    if a.size != b.size:
+        raise ValueError(f"a and b: lengths differ, {a.size} and {b.size}; one score per image, the same images")
+    difference = a - b
+    difference[np.abs(difference) < ROUNDING] = 0.0
+    # Equal differences must tie in the ranks although 0.3 - 0.2 and 0.2 - 0.1 differ in the last digit.
+    return np.round(difference, 12)
+
+
+def _check_ids(name: str, scores: np.ndarray, ids: list) -> None:
+    if len(ids) != scores.size:
+        raise ValueError(f"ids_{name}: {len(ids)} names for {scores.size} scores")
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ValueError(f"ids_{name}: image {twice!r} occurs more than once; average its seeds first")
