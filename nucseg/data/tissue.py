@@ -15,6 +15,7 @@ inside each image, so that it matters which patch is annotated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -52,13 +53,13 @@ class TissueKind:
     eosin: tuple[float, float, float]
 
 
-SPINDLE = Nucleus(11.5, 0.12, elongation=2.6, irregularity=0.04, stain=0.85, vesicular=0.2, clumps=0.2)
+SPINDLE = Nucleus(11.5, 0.12, elongation=2.6, irregularity=0.04, stain=0.95, vesicular=0.2, clumps=0.2)
 
 KINDS: dict[str, TissueKind] = {
     # glands round a lumen: oval, vesicular nuclei in a basal row, touching; spindle nuclei in the stroma between
     "glandular": TissueKind(
         "glands",
-        Nucleus(15.0, 0.11, elongation=1.35, stain=0.85, vesicular=0.5, clumps=0.45, nucleolus=0.5),
+        Nucleus(15.0, 0.11, elongation=1.35, stain=1.0, vesicular=0.4, clumps=0.45, nucleolus=0.4),
         SPINDLE,
         haematoxylin=(0.88, 1.02, 0.50),
         eosin=(0.16, 0.66, 0.38),
@@ -66,15 +67,15 @@ KINDS: dict[str, TissueKind] = {
     # sheets of small, round, dark lymphocytes with a pale follicle centre and empty sinuses
     "lymphoid": TissueKind(
         "sheet",
-        Nucleus(11.0, 0.09, elongation=1.12, irregularity=0.06, stain=1.1, vesicular=0.1, clumps=0.4),
-        Nucleus(15.0, 0.15, elongation=1.25, irregularity=0.09, stain=0.6, vesicular=0.5, clumps=0.4, nucleolus=0.5),
+        Nucleus(11.0, 0.09, elongation=1.12, irregularity=0.06, stain=1.2, vesicular=0.1, clumps=0.4),
+        Nucleus(15.0, 0.15, elongation=1.25, irregularity=0.09, stain=0.8, vesicular=0.45, clumps=0.4, nucleolus=0.5),
         haematoxylin=(1.10, 1.06, 0.44),
         eosin=(0.20, 0.52, 0.26),
     ),
     # wavy collagen, strongly pink, with few, long, thin nuclei along the fibres, and vessels
     "stromal": TissueKind(
         "fibres",
-        Nucleus(12.5, 0.14, elongation=2.9, irregularity=0.05, stain=0.85, vesicular=0.25, clumps=0.25),
+        Nucleus(12.5, 0.14, elongation=2.9, irregularity=0.05, stain=0.92, vesicular=0.25, clumps=0.3),
         Nucleus(11.0, 0.1, elongation=1.15, irregularity=0.06, stain=1.05, vesicular=0.1, clumps=0.4),
         haematoxylin=(0.80, 0.96, 0.48),
         eosin=(0.12, 0.80, 0.50),
@@ -82,7 +83,7 @@ KINDS: dict[str, TissueKind] = {
     # stratified cells with borders, maturing from a crowded basal layer to keratin: large, irregular nuclei, nucleoli
     "squamous": TissueKind(
         "strata",
-        Nucleus(18.0, 0.13, elongation=1.25, irregularity=0.09, stain=0.75, vesicular=0.55, clumps=0.35, nucleolus=0.8),
+        Nucleus(18.0, 0.13, elongation=1.25, irregularity=0.09, stain=0.9, vesicular=0.5, clumps=0.35, nucleolus=0.8),
         Nucleus(14.0, 0.12, elongation=1.6, irregularity=0.07, stain=1.0, vesicular=0.25, clumps=0.35),
         haematoxylin=(0.74, 1.05, 0.66),
         eosin=(0.10, 0.62, 0.56),
@@ -164,8 +165,8 @@ def generate_tissue(kind: str, shape: tuple[int, int] = (256, 256), seed: int = 
     labels, cells = _keep_whole(labels, cells)
     if scene.borders is not None:
         _add_cell_borders(scene, cells)
-    haematoxylin, eosin = _stain(rng, scene, labels, level, cells)
-    return Tissue(_photograph(rng, tissue, haematoxylin, eosin), labels)
+    stains = _stain(rng, scene, labels, level, cells)
+    return Tissue(_photograph(rng, tissue, stains), labels)
 
 
 # --- Where cells lie -------------------------------------------------------------------------------------------------
@@ -192,11 +193,12 @@ class _Scene:
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> np.ndarray:
     """Return smooth noise of zero mean and unit variance whose bumps are about `scale` pixels wide, (H, W) float32."""
-    step = max(1, int(scale / 2))  # coarse noise is made small and enlarged: wide filters are slow
-    coarse = rng.standard_normal([side // step + 6 for side in shape], dtype=np.float32)
-    coarse = ndimage.gaussian_filter(coarse, scale / step / 2, mode="wrap")
-    field = ndimage.zoom(coarse, step, order=1 if step == 1 else 3)[: shape[0], : shape[1]]
-    return (field - field.mean()) / (field.std() + 1e-6)
+    # a Gaussian bump of random height on every point of a grid: two small matrix products, where a wide filter is slow
+    step = max(1.0, scale / 2)
+    grids = [np.arange(-2 * scale, side + 2 * scale, step) for side in shape]
+    bumps = [np.exp(-2 * ((np.arange(n)[:, None] - grid) / scale) ** 2) for n, grid in zip(shape, grids, strict=True)]
+    field = bumps[0] @ rng.standard_normal((len(grids[0]), len(grids[1]))) @ bumps[1].T
+    return ((field - field.mean()) / field.std()).astype(np.float32)
 
 
 def _step(values: np.ndarray, softness: float) -> np.ndarray:
@@ -208,12 +210,12 @@ def _flow(rng: np.random.Generator, shape: tuple[int, int], waviness: float) -> 
     """Return wavy fibres: texture of zero mean, and the direction along them, each (H, W)."""
     rows, cols = np.indices(shape, dtype=np.float32)
     turn = rng.uniform(0, np.pi)
-    bend = waviness * _noise(rng, shape, 40)
-    across = np.cos(turn) * rows + np.sin(turn) * cols + bend
-    along = np.cos(turn) * cols - np.sin(turn) * rows
+    along = math.cos(turn) * cols - math.sin(turn) * rows
+    crimp = 2.5 * np.sin(along * (2 * np.pi / rng.uniform(28, 45)) + 2 * _noise(rng, shape, 50))
+    across = math.cos(turn) * rows + math.sin(turn) * cols + waviness * _noise(rng, shape, 64) + crimp
     side = 256
     texture = np.zeros(shape, np.float32)
-    for width, length, strength in ((3.0, 8.0, 0.6), (8.0, 5.0, 0.6), (1.6, 10.0, 0.4)):
+    for width, length, strength in ((3.0, 6.0, 0.5), (7.0, 4.0, 0.5), (1.4, 8.0, 0.6)):
         table = ndimage.gaussian_filter(rng.standard_normal((side, side), dtype=np.float32), 1, mode="wrap")
         where = [across * 2 / width % side, along * 2 / (width * length) % side]
         texture += strength * ndimage.map_coordinates(table, where, order=1, mode="grid-wrap") / table.std()
@@ -224,9 +226,9 @@ def _flow(rng: np.random.Generator, shape: tuple[int, int], waviness: float) -> 
 def _blob(rng: np.random.Generator, shape: tuple[int, int], centre, radius: float, elongation=1.3, bumps=0.12):
     """Return the level of a large, bumpy blob (below 1 inside) and the direction away from its centre, each (H, W)."""
     rows, cols = np.indices(shape, dtype=np.float32)
-    waves = _waves(rng, 1, bumps)[0]
-    level = _level(rows - centre[0], cols - centre[1], radius, elongation, rng.uniform(0, np.pi), waves)
-    return level, np.arctan2(rows - centre[0], cols - centre[1])
+    down, right = rows - float(centre[0]), cols - float(centre[1])
+    waves = _waves(rng, 1, bumps)[0].tolist()
+    return _level(down, right, radius, elongation, rng.uniform(0, np.pi), waves), np.arctan2(down, right)
 
 
 def _vessels(rng: np.random.Generator, shape: tuple[int, int], count: int, room: np.ndarray):
@@ -247,7 +249,7 @@ def _glands(rng: np.random.Generator, shape: tuple[int, int], kind: TissueKind) 
     lumen = np.zeros(shape, np.float32)
     tries = rng.uniform(0, 1, (40, 2)) * shape
     centres: list[np.ndarray] = []
-    wanted = max(1, round(np.prod(shape) / 256**2 * rng.uniform(4, 6)))
+    wanted = max(1, round(np.prod(shape) / 256**2 * rng.uniform(3, 6)))
     for centre in tries:  # glands lie apart, which leaves part of the image to the stroma
         if len(centres) == wanted or any(np.hypot(*(centre - other)) < 78 for other in centres):
             continue
@@ -264,13 +266,13 @@ def _glands(rng: np.random.Generator, shape: tuple[int, int], kind: TissueKind) 
     cytoplasm = 1 + 0.18 * _noise(rng, shape, 3) + 0.15 * _noise(rng, shape, 20)
     eosin = inside * 0.62 * cytoplasm + (1 - inside) * (0.85 + 0.22 * fibres) + 0.35 * np.exp(-(((level - 1) / 0.04) ** 2))
     haem = inside * (0.17 + 0.05 * _noise(rng, shape, 4)) + (1 - inside) * (0.06 + 0.03 * fibres)
-    stroma = (level > 1.12) & (vessel > 1.2)
+    stroma = (0.05 + _step(_noise(rng, shape, 60) - 0.3, 0.2)) * ((level > 1.12) & (vessel > 1.2))
     row = np.exp(-(((level - 0.8) / 0.09) ** 2)) * (lumen < 0.1)
     stray = 0.05 * ((level < 0.72) & (lumen < 0.05))
     populations = [
-        _Population(kind.nucleus, row + stray, outward, 420, 0.84),
-        _Population(kind.companion, 1.0 * stroma, along, 45, 1.1),
-        _Population(kind.companion, 1.0 * (np.abs(vessel - 1.12) < 0.1) * (level > 1.1), wall, 25, 1.0),
+        _Population(kind.nucleus, row + stray, outward, 420, 0.8),
+        _Population(kind.companion, stroma, along, 36, 0.95),
+        _Population(kind.companion, 1.0 * (np.abs(vessel - 1.12) < 0.1) * (level > 1.1), wall, 20, 1.0),
     ]
     haem, eosin = haem * (1 - open_) + mucus, eosin * (1 - open_) + 0.05 * open_
     return _Scene(haem, eosin, populations, blood, 0.5 * inside * (1 - lumen))
@@ -279,31 +281,31 @@ def _glands(rng: np.random.Generator, shape: tuple[int, int], kind: TissueKind) 
 def _sheet(rng: np.random.Generator, shape: tuple[int, int], kind: TissueKind) -> _Scene:
     fibres, along = _flow(rng, shape, 20)
     crowd = _noise(rng, shape, 60) + 0.5 * _noise(rng, shape, 22)
-    sinus = _step(np.abs(_noise(rng, shape, 36)) * -1 + 0.12, 0.05) * _step(0.4 - crowd, 0.3)
+    sinus = _step(_noise(rng, shape, 30) + 0.5 * _noise(rng, shape, 8) - 1.7 - 0.5 * crowd, 0.12)
     centre = rng.uniform(0.2, 0.8, 2) * shape
     follicle, _ = _blob(rng, shape, centre, rng.uniform(38, 55))
     pale = _step(1 - follicle, 0.1)
     dense = _step(crowd + 0.1, 0.35)
     any_way = np.pi * _noise(rng, shape, 4)
-    net = np.abs(_noise(rng, shape, 9))  # reticular meshwork between the cells
+    crack = 0.8 * _noise(rng, shape, 8) + 0.6 * _noise(rng, shape, 4)  # the cells come apart in the section
     eosin = 0.42 + 0.25 * dense + 0.12 * _noise(rng, shape, 3) + 0.1 * fibres + 0.25 * pale
     haem = 0.1 + 0.14 * dense + 0.06 * _noise(rng, shape, 3)
-    gaps = np.maximum(sinus, 0.75 * _step(0.25 - net, 0.12) * (1 - pale))
+    gaps = np.maximum(sinus, 0.85 * _step(crack - 0.75, 0.25) * (1 - pale))
     blood_level, _, blood = _vessels(rng, shape, rng.integers(0, 3), (sinus < 0.2) & (pale < 0.2))
     gaps = np.maximum(gaps, _step(1 - blood_level, 0.08))
     free = (blood_level > 1.1) * (1 - sinus)
     populations = [
         _Population(kind.companion, pale * free, any_way, 55, 1.0),
-        _Population(kind.companion, (1 - pale) * free, any_way, 16, 1.1),
+        _Population(kind.companion, (1 - pale) * free, any_way, 10, 1.1),
         _Population(SPINDLE, _step(-crowd - 0.5, 0.2) * free, along, 12, 1.2),
-        _Population(kind.nucleus, (0.03 + dense**2) * (1 - 0.93 * pale) * free, any_way, 270, 0.88),
+        _Population(kind.nucleus, (0.008 + dense**3) * (1 - 0.93 * pale) * free, any_way, 290, 0.8),
     ]
     return _Scene(haem * (1 - gaps), eosin * (1 - gaps) + 0.04, populations, blood)
 
 
 def _fibres(rng: np.random.Generator, shape: tuple[int, int], kind: TissueKind) -> _Scene:
     fibres, along = _flow(rng, shape, 24)
-    cellular = _step(_noise(rng, shape, 70) - 0.15, 0.3)  # the rest is collagen with hardly a nucleus
+    cellular = _step(_noise(rng, shape, 70) - 0.2, 0.2)  # the rest is collagen with hardly a nucleus
     cleft = _step(-fibres - 1.35, 0.2) * _step(_noise(rng, shape, 30) + 0.2, 0.3)  # shrinkage between the bundles
     vessel, wall, blood = _vessels(rng, shape, rng.integers(1, 4), np.ones(shape, bool))
     eosin = 0.85 + 0.3 * fibres + 0.12 * _noise(rng, shape, 30) + 0.25 * np.exp(-(((vessel - 1.25) / 0.15) ** 2))
@@ -312,9 +314,9 @@ def _fibres(rng: np.random.Generator, shape: tuple[int, int], kind: TissueKind) 
     outside = vessel > 1.25
     infiltrate = _step(_noise(rng, shape, 40) - 1.5, 0.2)
     populations = [
-        _Population(kind.nucleus, 1.0 * (np.abs(vessel - 1.15) < 0.12), wall, 40, 1.0),
+        _Population(kind.nucleus, 1.0 * (np.abs(vessel - 1.15) < 0.12), wall, 24, 1.0),
         _Population(kind.companion, infiltrate * outside, wall, 26, 0.9),
-        _Population(kind.nucleus, (0.04 + cellular) * outside * (1 - cleft), along, 75, 0.8),
+        _Population(kind.nucleus, (0.02 + cellular) * outside * (1 - cleft), along, 46, 0.8),
     ]
     return _Scene(haem * (1 - open_), eosin * (1 - open_) + 0.04, populations, blood)
 
@@ -336,7 +338,7 @@ def _strata(rng: np.random.Generator, shape: tuple[int, int], kind: TissueKind) 
     open_ = _step(1 - vessel, 0.08) * stroma
     epithelium = (keratin < 0.3) & (stroma < 0.1)
     populations = [
-        _Population(kind.companion, basal * (stroma < 0.1), layer + np.pi / 2, 160, 0.9),
+        _Population(kind.companion, basal * (stroma < 0.1), layer + np.pi / 2, 170, 0.8),
         _Population(kind.nucleus, np.exp(2 * np.minimum(depth, 0.2)) * epithelium, layer, 220, 1.28),
         _Population(SPINDLE, 1.0 * ((stroma > 0.9) & (vessel > 1.2)), along, 16, 1.1),
     ]
@@ -366,11 +368,18 @@ def _waves(rng: np.random.Generator, count: int, amplitude: float) -> np.ndarray
     return np.stack([size, rng.uniform(0, 2 * np.pi, (count, 3))], axis=-1)
 
 
+def _ellipse(down, right, radius, elongation, angle) -> tuple[np.ndarray, np.ndarray]:
+    """Return coordinates along and across an ellipse's long axis, in half axes."""
+    stretch = elongation**0.5
+    cos, sin = math.cos(angle), math.sin(angle)
+    u = (cos * right + sin * down) / (radius * stretch)
+    v = (cos * down - sin * right) / (radius / stretch)
+    return u, v
+
+
 def _level(down, right, radius, elongation, angle, waves) -> np.ndarray:
     """Return how far out a point lies: 0 at the centre, 1 on the outline of a bumpy ellipse."""
-    stretch = np.sqrt(elongation)
-    u = (np.cos(angle) * right + np.sin(angle) * down) / (radius * stretch)
-    v = (np.cos(angle) * down - np.sin(angle) * right) / (radius / stretch)
+    u, v = _ellipse(down, right, radius, elongation, angle)
     theta = np.arctan2(v, u)
     rim = 1 + sum(size * np.cos(k * theta + phase) for k, (size, phase) in enumerate(waves, start=2))
     return np.hypot(u, v) / np.maximum(rim, 0.3)
@@ -390,11 +399,12 @@ def _throw(rng: np.random.Generator, populations: list[_Population]) -> np.ndarr
         cells["radius"] = look.diameter / 2 * (1 + look.spread * np.clip(normal[0], -2, 2))
         cells["elongation"] = 1 + (look.elongation - 1) * np.exp(0.3 * normal[1])
         cells["angle"] = who.angle.ravel()[place] + 0.12 * normal[2]
-        cells["stain"] = look.stain * np.exp(0.24 * normal[3])  # deep and pale ones side by side
-        cells["vesicular"] = np.clip(look.vesicular + 0.2 * normal[4], 0, 0.85)
+        cells["stain"] = look.stain * np.exp(0.2 * normal[3])  # deep and pale ones side by side
+        cells["vesicular"] = np.clip(look.vesicular + 0.15 * normal[4], 0, 0.85)
         cells["waves"] = _waves(rng, who.count, look.irregularity)
         cells["depth"] = rng.uniform(0, 0.35, who.count)
-        cells["spacing"], cells["clumps"], cells["nucleolus"] = who.spacing, look.clumps, look.nucleolus
+        cells["spacing"] = who.spacing * rng.uniform(1, 1.35, who.count)  # clusters here, loose cells there
+        cells["clumps"], cells["nucleolus"] = look.clumps, look.nucleolus
         thrown.append(cells)
     cells = np.concatenate(thrown)
     # two long nuclei end to end need more room than their equal-area circles say, side by side less: measure both ways
@@ -402,7 +412,7 @@ def _throw(rng: np.random.Generator, populations: list[_Population]) -> np.ndarr
     for i in range(len(cells)):
         one, others = cells[i], cells[kept]
         down, right = one["row"] - others["row"], one["col"] - others["col"]
-        apart = _level(down, right, 1.0, one["elongation"], one["angle"], np.zeros((3, 2)))
+        apart = np.hypot(*_ellipse(down, right, 1.0, one["elongation"], one["angle"]))
         if np.all(apart >= one["spacing"] * (one["radius"] + others["radius"])):
             kept.append(i)
     return cells[kept]
@@ -446,19 +456,22 @@ def _keep_whole(labels: np.ndarray, cells: np.ndarray, least: int = 25) -> tuple
 
 # --- Stain, light, camera --------------------------------------------------------------------------------------------
 
+_BLOOD = (0.12, 0.95, 0.92)  # absorbance of a red blood cell in red, green, blue
+
 
 def _add_cell_borders(scene: _Scene, cells: np.ndarray) -> None:
     """Draw the borders between neighbouring cells (the Voronoi edges of the nuclei) into the eosin, in place."""
     if len(cells) < 2:
         return
-    points = np.indices(scene.eosin.shape).reshape(2, -1).T
-    near, _ = cKDTree(np.column_stack([cells["row"], cells["col"]])).query(points, k=2)
-    gap = (near[:, 1] - near[:, 0]).reshape(scene.eosin.shape)
-    scene.eosin += scene.borders * (0.3 * np.exp(-((gap / 2.0) ** 2)) - 0.15 * np.exp(-(((gap - 5) / 2.5) ** 2)))
+    where = scene.borders > 0.02
+    near, _ = cKDTree(np.column_stack([cells["row"], cells["col"]])).query(np.argwhere(where), k=2)
+    gap = near[:, 1] - near[:, 0]
+    line = 0.3 * np.exp(-((gap / 2.0) ** 2)) - 0.15 * np.exp(-(((gap - 5) / 2.5) ** 2))  # dark, with a pale seam
+    scene.eosin[where] += scene.borders[where] * line
 
 
 def _stain(rng, scene: _Scene, labels: np.ndarray, level: np.ndarray, cells: np.ndarray):
-    """Return the concentrations of haematoxylin and eosin with nuclei and red blood cells, each (H, W)."""
+    """Return the concentrations of haematoxylin, eosin and haemoglobin, nuclei and other bodies included, (3, H, W)."""
     shape = labels.shape
     inside = labels > 0
     which = np.maximum(labels - 1, 0)
@@ -477,7 +490,7 @@ def _stain(rng, scene: _Scene, labels: np.ndarray, level: np.ndarray, cells: np.
     eosin = np.where(inside, 0.45 * scene.eosin + 0.1, scene.eosin * (1 - 0.45 * halo))
     blood = scene.blood & ~inside
     haematoxylin[blood] = 0.02
-    eosin[blood] = 1.5 + 0.15 * _noise(rng, shape, 4)[blood]
+    eosin[blood] = 0.25
     # bodies that are not nuclei: nuclei of other planes (blurred, faint shadows) and red globules
     count = max(3, np.prod(shape) // 6500)
     anywhere = np.pi * _noise(rng, shape, 8)
@@ -487,31 +500,34 @@ def _stain(rng, scene: _Scene, labels: np.ndarray, level: np.ndarray, cells: np.
         soft = ndimage.gaussian_filter(bodies.astype(np.float32), 2.2 if tint == "shadow" else 0.8) * ~inside
         haematoxylin = haematoxylin + soft * (0.28 if tint == "shadow" else 0.05)
         eosin = eosin + soft * (0.1 if tint == "shadow" else 0.7)
-    return np.maximum(haematoxylin, 0), np.maximum(eosin, 0)
+    red = 1.0 * blood * (1 + 0.12 * _noise(rng, shape, 4))
+    # nothing in a section is smooth: grain of membranes and granules
+    grain = 1 + 0.1 * _noise(rng, shape, 1.5) + 0.07 * _noise(rng, shape, 3)
+    return np.maximum(np.stack([haematoxylin, eosin * grain, red]), 0)
 
 
-def _photograph(rng, kind: TissueKind, haematoxylin: np.ndarray, eosin: np.ndarray) -> np.ndarray:
-    """Return the image that a scanner makes of a section: (H, W, 3) uint8."""
-    shape = haematoxylin.shape
+def _photograph(rng, kind: TissueKind, stains: np.ndarray) -> np.ndarray:
+    """Return the image that a scanner makes of a section with stains (3, H, W): (H, W, 3) uint8."""
+    shape = stains.shape[1:]
     thickness = 1 + 0.07 * _noise(rng, shape, 80)
     if rng.uniform() < 0.3:  # a fold: the section lies double along a winding band
         rows, cols = np.indices(shape)
         turn = rng.uniform(0, np.pi)
         line = np.cos(turn) * (rows - shape[0] * rng.uniform(0.2, 0.8)) + np.sin(turn) * (cols - shape[1] / 2)
         thickness = thickness + 0.45 * np.exp(-(((line + 10 * _noise(rng, shape, 50)) / 6) ** 4))
-    stains = np.stack([haematoxylin * rng.uniform(0.85, 1.15), eosin * rng.uniform(0.8, 1.2)]) * thickness
+    stains = stains * thickness * rng.uniform(0.85, 1.15, (3, 1, 1))
     sharp = ndimage.gaussian_filter(stains, (0, 0.7, 0.7))
     blurred = ndimage.gaussian_filter(stains, (0, 2.0, 2.0))
-    focus = _step(_noise(rng, shape, 70) + 1.1, 0.4)  # about a seventh of the area lies out of focus
+    focus = _step(_noise(rng, shape, 70) + 1.3, 0.4)  # about a tenth of the area lies out of focus
     stains = focus * sharp + (1 - focus) * blurred
-    colours = np.array([kind.haematoxylin, kind.eosin]) * rng.normal(1, 0.06, (2, 3))  # the laboratory's stain batch
+    colours = np.array([kind.haematoxylin, kind.eosin, _BLOOD]) * rng.normal(1, 0.06, (3, 3))  # the laboratory's stain batch
     dust = np.zeros(shape, np.float32)
-    specks = rng.integers(0, shape, (rng.integers(1, 6), 2))
+    specks = rng.integers(0, shape, (rng.integers(1, 5), 2))
     dust[specks[:, 0], specks[:, 1]] = rng.uniform(4, 14, len(specks))
     dust = ndimage.gaussian_filter(dust, rng.uniform(0.9, 1.6))
     white = rng.normal(243, 4) + rng.normal(0, 1.5, 3)
-    image = white * np.exp(-(np.tensordot(stains, colours, axes=(0, 0)) + dust[..., None]))
-    image = _compress(image + rng.normal(0, 2.0, image.shape))
+    image = white * np.exp(-(np.tensordot(stains, colours, axes=(0, 0)) + dust[..., None])).astype(np.float32)
+    image = _compress(image + 2 * rng.standard_normal(image.shape, dtype=np.float32))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
