@@ -1,0 +1,214 @@
+"""The pool of candidate patches and f of every patch and sub-region (Sec. III-A).
+
+Each image is decoded and normalised once; crops are cut from it on the device by one gather per batch, so that no patch
+ever becomes a file, and patches and sub-regions come out of one pass over the image. Sub-regions are fed at their
+native size (A7), and one that several patches share (where the step divides half a patch) is computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import SelectionConfig
+
+
+@dataclass(frozen=True)
+class PatchFeatures:
+    """The pool and its features; row i of every array is patch i.
+
+    Attributes
+    ----------
+    image_ids
+        (n,) unicode: id of the patch's image; patches of one image are consecutive, images in the order given.
+    rows, cols
+        (n,) int64: upper left corner, pixels.
+    size
+        Side of a patch, pixels.
+    features
+        (n, d) float32.
+    sub_features
+        (n, 4, d) float32, sub-regions row-major.
+    """
+
+    image_ids: np.ndarray
+    rows: np.ndarray
+    cols: np.ndarray
+    size: int
+    features: np.ndarray
+    sub_features: np.ndarray
+
+    def __post_init__(self) -> None:
+        n = len(self.image_ids)
+        for name in ("rows", "cols", "features", "sub_features"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(f"PatchFeatures.{name}: expected {n} rows, got {len(getattr(self, name))}")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return everything as plain arrays by name, fit for ``np.savez`` without pickling."""
+        return {name: np.asarray(getattr(self, name)) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> PatchFeatures:
+        """Undo `to_arrays`."""
+        return cls(
+            **{name: arrays[name] for name in cls.__dataclass_fields__ if name != "size"}, size=int(arrays["size"])
+        )
+
+
+def positions(length: int, size: int, step: int, cover_border: bool = False) -> np.ndarray:
+    """Starts of the windows along one side: 0, step, ... and, if asked, one flush with the end (A12)."""
+    starts = np.arange(0, length - size + 1, step)
+    if cover_border and len(starts) and starts[-1] != length - size:
+        starts = np.append(starts, length - size)
+    return starts
+
+
+def grid(image_id: str, height: int, width: int, config: SelectionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of all patches of one image, row-major, both (n,).
+
+    Raises
+    ------
+    ValueError
+        If the image is smaller than a patch.
+    """
+    if height < config.size or width < config.size:
+        raise ValueError(
+            f"image {image_id}: {height} x {width} pixels hold no patch of {config.size}; "
+            "choose a smaller size, or leave this image out"
+        )
+    rows, cols = (positions(n, config.size, config.step, config.cover_border) for n in (height, width))
+    return np.repeat(rows, len(cols)), np.tile(cols, len(rows))
+
+
+def extract(
+    samples: Sequence[Any],
+    encoder: nn.Module,
+    config: SelectionConfig | None = None,
+    device: str | torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PatchFeatures:
+    """Compute f of every patch of the sliding-window pool and of its four sub-regions.
+
+    Parameters
+    ----------
+    samples
+        Objects with ``.id`` and ``.image`` (H, W, 3) uint8; sizes may differ.
+    encoder
+        A `nucseg.encoders.Encoder`, or any module from (b, 3, H, W) in [0, 1] to (b, d). It is left as it is: a copy
+        in evaluation mode does the work. `config.normalise` does not act here, it is the encoder's property.
+    config
+        size, step, cover_border, batch, cpu_batch, bf16.
+    device
+        None: CUDA where there is one.
+    progress
+        Called as ``progress(images done, images in all)`` after each image.
+
+    Returns
+    -------
+    PatchFeatures
+        On the host, float32. bfloat16 forward passes on CUDA (features in float32 from bfloat16 maps), float32 on CPU.
+    """
+    config = config or SelectionConfig()
+    if not len(samples):
+        raise ValueError("no images to select patches from")
+    device = default_device(device)
+    forward, normalise = _prepare(encoder, config, device)
+    ids, all_rows, all_cols, features, sub_features = [], [], [], [], []
+    half = config.size // 2
+    with torch.inference_mode():
+        for number, sample in enumerate(samples):
+            image = check_image(sample.image, sample.id)
+            rows, cols = grid(sample.id, *image.shape[:2], config)
+            pixels = normalise(image)
+            whole = _run(forward, pixels, rows, cols, config.size, config, device)
+            # Row-major sub-regions of each patch, every distinct place once.
+            part_rows = (rows[:, None] + [0, 0, half, half]).ravel()
+            part_cols = (cols[:, None] + [0, half, 0, half]).ravel()
+            places, back = np.unique(np.stack([part_rows, part_cols]), axis=1, return_inverse=True)
+            parts = _run(forward, pixels, places[0], places[1], half, config, device)
+            features.append(whole)
+            sub_features.append(parts[torch.from_numpy(back.ravel())].view(len(rows), 4, -1))
+            ids += [str(sample.id)] * len(rows)
+            all_rows.append(rows)
+            all_cols.append(cols)
+            if progress is not None:
+                progress(number + 1, len(samples))
+    return PatchFeatures(
+        np.asarray(ids),
+        np.concatenate(all_rows),
+        np.concatenate(all_cols),
+        config.size,
+        torch.cat(features).numpy(),
+        torch.cat(sub_features).numpy(),
+    )
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """Return `device`, or CUDA where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_image(image: np.ndarray, image_id: str) -> np.ndarray:
+    """Return `image` if it is (H, W, 3) uint8."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image {image_id}: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+    return image
+
+
+def _prepare(
+    encoder: nn.Module, config: SelectionConfig, device: torch.device
+) -> tuple[nn.Module, Callable[[np.ndarray], Tensor]]:
+    """Return the network, and a function from an image to the (H, W, 3) pixels that it takes, both on the device.
+
+    An `Encoder` is taken apart so that its normalisation runs once per image, in float32, before the cast to bfloat16:
+    [0, 1] in bfloat16 minus the mean would lose the low bits of every pixel.
+    """
+    kind = torch.bfloat16 if device.type == "cuda" and config.bf16 else torch.float32
+    encoder = copy.deepcopy(encoder).eval().to(device)
+    scale = getattr(encoder, "normalise", nn.Identity())
+    net = getattr(encoder, "net", encoder).to(device=device, dtype=kind, memory_format=torch.channels_last)
+
+    def normalise(image: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).float() / 255
+        return scale(pixels.permute(2, 0, 1)[None])[0].permute(1, 2, 0).to(kind).contiguous()
+
+    return net, normalise
+
+
+def _run(
+    forward: nn.Module,
+    pixels: Tensor,
+    rows: np.ndarray,
+    cols: np.ndarray,
+    size: int,
+    config: SelectionConfig,
+    device: torch.device,
+) -> Tensor:
+    """Features of the crops at these places, (n, d) float32 on the host."""
+    batch = config.cpu_batch if device.type == "cpu" else config.batch
+    # Equal pixels per batch for patches and sub-regions; equal batches within an image, so that no kernel meets a stub.
+    batch *= (config.size // size) ** 2
+    out = [forward(crops).float() for crops in crop(pixels, rows, cols, size, batch)]
+    return torch.cat(out).cpu()
+
+
+def crop(pixels: Tensor, rows: np.ndarray, cols: np.ndarray, size: int, batch: int) -> Iterator[Tensor]:
+    """Yield the crops at these places in about equal batches, (b, 3, size, size) channels-last.
+
+    `pixels` is (H, W, 3); the windows are a view, and one gather per batch copies what the network reads.
+    """
+    windows = pixels.unfold(0, size, 1).unfold(1, size, 1).permute(0, 1, 3, 4, 2)  # (H', W', size, size, 3), no copy
+    places = [torch.from_numpy(v.astype(np.int64)).to(pixels.device) for v in (rows, cols)]
+    pieces = -(-len(rows) // batch)
+    for r, c in zip(*(torch.tensor_split(v, pieces) for v in places), strict=True):
+        yield windows[r, c].permute(0, 3, 1, 2)
