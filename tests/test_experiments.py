@@ -1,0 +1,182 @@
+"""The rows of Tables I-VI as data, and the distinct experiments behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+
+from nucseg.config import ConfigError, from_mapping
+from nucseg.experiments import (
+    AUGMENTATIONS,
+    SEGMENTERS,
+    SELECTIONS,
+    TABLES,
+    Experiment,
+    GridSettings,
+    experiments_of,
+    grid,
+    printed,
+    rows,
+)
+
+ROWS = [row for table in TABLES for row in rows(table)]
+BY_ID = {row.id: row for row in ROWS}
+
+
+def test_every_table_has_the_rows_that_the_paper_prints():
+    assert {table: len(rows(table)) for table in TABLES} == {"I": 10, "II": 6, "III": 8, "IV": 9, "V": 4, "VI": 12}
+
+
+def test_row_ids_are_unique_slugs_and_their_specs_use_known_names():
+    assert len(BY_ID) == len(ROWS)
+    for row in ROWS:
+        assert row.key == row.key.lower()
+        assert " " not in row.key
+        assert row.spec.selection in SELECTIONS
+        assert row.spec.augmentation in AUGMENTATIONS
+        assert row.spec.segmenter in SEGMENTERS
+
+
+@pytest.mark.parametrize(
+    ("row", "dataset", "metric", "value"),
+    [
+        ("I.rndcrop", "kumar", "p", 9.76e-23),
+        ("I.cps-plabel", "kumar", "aji", 0.5374),
+        ("II.csingan-no-cwd", "kumar", "dice", 0.6882),
+        ("III.rndcrop-naive", "kumar", "aji_unseen", 0.4481),
+        ("IV.hovernet", "monuseg", "p", 5.73e-35),
+        ("IV.pffnet", "tnbc", "dice", 0.8127),
+        ("V.hovernet", "kumar", "stomach", 0.7158),
+        ("VI.k1-6-csingan", "kumar", "dice", 0.6728),
+        ("VI.k2-8", "kumar", "aji", 0.4340),
+    ],
+)
+def test_printed_numbers_stand_in_the_row_that_the_paper_prints_them_in(row, dataset, metric, value):
+    assert BY_ID[row].paper[dataset][metric] == value
+
+
+def test_every_printed_aji_of_every_file_is_in_some_row():
+    wanted = sorted(float(line["aji"]) for n in ("1_patch_selection", "2_augmentation", "3_framework_kumar",
+                    "6_hyperparams_kumar") for line in printed(f"table{n}.csv"))  # fmt: skip
+    found = sorted(row.paper["kumar"]["aji"] for row in ROWS if row.table in ("I", "II", "III", "VI"))
+    assert found == wanted
+
+
+def test_a_dash_of_the_paper_is_no_number():
+    assert "p" not in BY_ID["I.cps"].paper["kumar"]
+    assert BY_ID["IV.mdcnet"].paper["monuseg"] == {}
+
+
+def test_references_are_the_row_that_the_printed_p_value_compares_with():
+    assert {row.reference for row in rows("I")[:5]} == {"cps"}
+    assert {row.reference for row in rows("I")[6:9]} == {"cps-plabel"}
+    assert {row.reference for row in rows("II")} == {"csingan", None}
+    assert {row.reference for row in rows("III")} == {"ours", None}
+    assert {row.reference for row in rows("IV")} == {"hovernet-ours", None}
+    for row in ROWS:
+        assert row.reference is None or f"{row.table}.{row.reference}" in BY_ID
+        assert row.reference != row.key
+
+
+def test_table_1_is_what_the_paper_says_it_is():
+    settings = GridSettings(seeds=(5,), rounds=2)
+    first = experiments_of(BY_ID["I.rndcrop"], "kumar", settings)
+    assert [e.seed for e in first] == [21, 100, 500, 1000]
+    assert first[0] == Experiment("kumar", "random-crop", 9, 4, "csingan", "maskrcnn", 0, 21)
+    assert [e.seed for e in experiments_of(BY_ID["I.rndcencrop"], "kumar", settings)] == [21, 100, 500, 1000]
+    assert experiments_of(BY_ID["I.cps-plabel"], "kumar", settings) == (
+        Experiment("kumar", "cps", 9, 4, "csingan", "maskrcnn", 2, 5),
+    )
+
+
+def test_only_the_first_two_rows_of_table_3_are_without_augmentation():
+    assert [row.id for row in ROWS if row.spec.augmentation == "none"] == ["III.rndcrop", "III.rndcencrop"]
+
+
+def test_full_supervision_annotates_everything_and_knows_no_k():
+    (experiment,) = experiments_of(BY_ID["IV.dist"], "folder-without-k1", GridSettings(seeds=(0,)))
+    assert experiment == Experiment("folder-without-k1", "all", 0, 0, "naive", "dist", 0, 0)
+    assert experiment.supervision == "full"
+
+
+def test_table_6_scales_k1_with_the_dataset_and_takes_k2_as_printed():
+    def k(row, dataset):
+        experiment = experiments_of(BY_ID[row], dataset, GridSettings(seeds=(0,)))[0]
+        return experiment.k1, experiment.k2
+
+    assert [k(f"VI.k1-{n}", "kumar") for n in (6, 9, 12)] == [(6, 4), (9, 4), (12, 4)]
+    assert [k(f"VI.k1-{n}", "tnbc") for n in (6, 9, 12)] == [(4, 4), (6, 4), (8, 4)]
+    assert [k(f"VI.k2-{n}-csingan", "monuseg") for n in (3, 4, 8)] == [(18, 3), (18, 4), (18, 8)]
+
+
+def test_a_dataset_without_k1_is_an_error_that_says_what_to_add():
+    with pytest.raises(ValueError, match="no K1 for dataset 'tissue', only for kumar, monuseg, tnbc"):
+        experiments_of(BY_ID["I.cps"], "tissue", GridSettings())
+
+
+def test_equal_experiments_of_several_tables_are_one():
+    settings = GridSettings(seeds=(1,))
+    same = [experiments_of(BY_ID[name], "kumar", settings) for name in ("I.cps", "II.csingan", "VI.k1-9-csingan")]
+    assert same[0] == same[1] == same[2]
+    found = grid("kumar", settings)
+    every = [e for row in ROWS for e in experiments_of(row, "kumar", settings)]
+    assert len(found) == len(set(found)) == len(set(every)) < len(every)
+    # By hand. Table I: 2 x 4 seeds + 8. II: 5 more. III: 6 x 4 seeds + full. IV: 6 full + HoVer-Net + Ours. V: none.
+    # VI: K1 6 and 12 and K2 3 and 8, each with and without; its w/o CSinGAN at 9, 4 is Table II's NaiveAug.
+    assert len(found) == 16 + 5 + 25 + 7 + 0 + 8
+
+
+def test_the_grid_keeps_to_the_tables_and_rows_asked_for():
+    settings = GridSettings(seeds=(1,), rows={"I": ("cps", "kmeans"), "II": ("*",)})
+    assert [e.selection for e in grid("kumar", settings, tables=["I"])] == ["kmeans", "cps"]
+    assert len(grid("kumar", settings)) == 7
+    assert grid("kumar", settings, tables=["IV"]) == ()
+
+
+def test_a_substitute_stands_in_everywhere_but_in_the_rows_that_keep_their_own():
+    settings = GridSettings(substitutes={"maskrcnn": "hoverlite"}, keep=("I.cps",), seeds=(1,))
+    names = {row.id: settings.segmenter(row) for row in ROWS}
+    assert names["I.cps"] == "maskrcnn"
+    assert names["I.kmeans"] == names["II.csingan"] == names["IV.mrcnn"] == "hoverlite"
+    assert names["IV.hovernet"] == "hovernet"
+    assert experiments_of(BY_ID["I.kmeans"], "kumar", settings)[0].segmenter == "hoverlite"
+
+
+def test_settings_come_from_a_profile_file():
+    values = {"k1": {"tissue": 3}, "seeds": [1, 2], "substitutes": {"maskrcnn": "hoverlite"}, "rows": {"I": ["cps"]}}
+    settings = from_mapping(GridSettings, values, "profile sample: grid")
+    assert settings.seeds == (1, 2)
+    assert settings.rows == {"I": ("cps",)}
+    with pytest.raises(ConfigError, match="grid: rows: Table I: unknown name 'cpps'; did you mean 'cps'"):
+        from_mapping(GridSettings, {"rows": {"I": ["cpps"]}}, "grid")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"k1": {"kumar": 0}}, "k1: expected at least 1 patch for kumar, got 0"),
+        ({"k2": 0}, "k2: expected at least 1, got 0"),
+        ({"rounds": -1}, "rounds: expected at least 0"),
+        ({"seeds": ()}, "seeds: expected at least one seed"),
+        ({"random_seeds": (1, 1)}, "random_seeds: expected at least one seed and none twice"),
+        ({"substitutes": {"maskrcnn": "hoverlight"}}, "substitutes: unknown name 'hoverlight'; did you mean 'hoverl"),
+        ({"keep": ("I.csp",)}, "keep: unknown name 'I.csp'; did you mean 'I.cps'"),
+        ({"rows": {"VII": ("*",)}}, "table: unknown name 'VII'"),
+        ({"k1_grid": (0.5, 1.0)}, "k1_grid: expected three positive parts"),
+    ],
+)
+def test_impossible_settings_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        GridSettings(**values)
+
+
+def test_an_unknown_table_is_an_error_that_names_the_tables():
+    with pytest.raises(ValueError, match="table: unknown name 'X'; valid names: I, II, III, IV, V, VI"):
+        rows("X")
+
+
+def test_rows_and_experiments_travel_to_other_processes():
+    assert pickle.loads(pickle.dumps(ROWS)) == ROWS
+    assert len({dataclasses.astuple(e) for e in grid("kumar", GridSettings())}) == len(grid("kumar", GridSettings()))
