@@ -1,0 +1,15 @@
+"""Annotations as people have them: MoNuSeg/Aperio XML, QuPath GeoJSON, label images; read and written as label maps."""
+
+from nucseg.annotations.label_images import LabelWarning, read_labels
+from nucseg.annotations.polygons import AnnotationError, AnnotationReport, AnnotationWarning
+from nucseg.annotations.xml import read_xml, read_xml_report
+
+__all__ = [
+    "AnnotationError",
+    "AnnotationReport",
+    "AnnotationWarning",
+    "LabelWarning",
+    "read_labels",
+    "read_xml",
+    "read_xml_report",
+]

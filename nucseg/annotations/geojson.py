@@ -1,0 +1,2 @@
+def read_geojson(path, shape):
+    raise NotImplementedError

@@ -1,0 +1,144 @@
+"""Label images: PNG and TIFF of 8, 16 or 32 bits, NumPy arrays, Cellpose's ``_seg.npy``, and binary masks.
+
+Nothing is ever unpickled: `.npy` files of plain integers are read by numpy, Cellpose's pickled dictionaries by
+`nucseg.annotations.cellpose`, which looks for the mask array without running anything.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from nucseg.annotations.polygons import AnnotationError
+from nucseg.labels import check_label_map
+
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
+BINARY_VALUES = (1, 255, 65535)  # what programs write for "inside" in a binary mask
+
+
+class LabelWarning(UserWarning):
+    """A label image was interpreted; the message names the file and what was done."""
+
+
+def read_labels(path: str | Path, binary: bool | None = None) -> np.ndarray:
+    """Read a label image.
+
+    Parameters
+    ----------
+    path
+        PNG or TIFF (8, 16 or 32 bits, any compression), ``.npy``, or a Cellpose ``_seg.npy``.
+    binary
+        True: any value above 0 is inside, and the 8-connected components are the nuclei (as the 4,028 nuclei of TNBC
+        are counted). False: values are ids. None: a mask of one value 1, 255 or 65535 in several pieces is taken as
+        binary, with a warning.
+
+    Returns
+    -------
+    numpy.ndarray
+        (H, W) int32, 0 = background.
+
+    Raises
+    ------
+    AnnotationError
+        When the file is no label map; the message says why and how to export one.
+
+    Warns
+    -----
+    LabelWarning
+        When a binary mask was split into components although `binary` is None: touching nuclei merge.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AnnotationError(f"{path}: no such file")
+    labels = _two_dimensional(_read_array(path), path)
+    if labels.dtype == bool:
+        labels = labels.astype(np.uint8)
+    if labels.dtype.kind == "f":
+        raise AnnotationError(
+            f"{path}: floating-point values; ids are whole numbers: save it with .astype('int32') "
+            "(a probability map is not a label map)"
+        )
+    if labels.dtype.kind not in "iu":
+        raise AnnotationError(f"{path}: expected whole numbers, got {labels.dtype}")
+    if labels.size and (int(labels.max()) > np.iinfo(np.int32).max or int(labels.min()) < 0):
+        raise AnnotationError(f"{path}: ids must lie in 0..2147483647, found {labels.min()}..{labels.max()}")
+    labels = labels.astype(np.int32)
+    check_label_map(labels, str(path))
+    if binary is False:
+        return labels
+    return _components(labels) if binary else _split_if_binary(labels, path)
+
+
+def _split_if_binary(labels: np.ndarray, path: Path) -> np.ndarray:
+    top = int(labels.max(initial=0))
+    if top not in BINARY_VALUES or ((labels != 0) & (labels != top)).any():
+        return labels
+    parts = _components(labels)
+    count = int(parts.max())
+    if count < 2:
+        return labels
+    warnings.warn(
+        f"{path}: a binary mask (only 0 and {top}); its {count} connected parts were taken as nuclei, so nuclei that "
+        "touch are merged into one: export instance labels if you can",
+        LabelWarning,
+        stacklevel=3,
+    )
+    return parts
+
+
+def _components(mask: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import label
+
+    return label(mask > 0, structure=np.ones((3, 3)))[0].astype(np.int32)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return _read_npy(path)
+    if suffix in (".tif", ".tiff"):
+        import tifffile
+
+        try:
+            return tifffile.imread(path)
+        except Exception as error:  # tifffile and imagecodecs raise many kinds; all mean the same to a user
+            raise AnnotationError(f"{path}: not a readable TIFF ({error}); copy or export it again") from error
+    if suffix in (".jpg", ".jpeg", ".webp"):
+        raise AnnotationError(f"{path}: label maps must be lossless with exact ids; export 16-bit PNG or TIFF")
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return np.array(image)  # palette images give their indices, which are the ids
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise AnnotationError(f"{path}: not a readable label image ({error}); copy or export it again") from error
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        if "allow_pickle" not in str(error) and "Object arrays" not in str(error):
+            raise AnnotationError(f"{path}: not a complete .npy file ({error}); save it again") from error
+    from nucseg.annotations.cellpose import read_masks
+
+    return read_masks(path)
+
+
+def _two_dimensional(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
+        array = array[0] if array.shape[0] == 1 else array[..., 0]
+    if array.ndim == 3 and array.shape[2] in (3, 4) and (array[..., :3] == array[..., :1]).all():
+        array = array[..., 0]  # grey saved as RGB(A)
+    if array.ndim != 2:
+        raise AnnotationError(
+            f"{path}: expected one id per pixel, got an array of shape {array.shape}; "
+            "a coloured picture of labels or a stack cannot be read, export the ids themselves as 16-bit PNG or TIFF"
+        )
+    return array

@@ -1,0 +1,461 @@
+"""Samples and datasets: lazy, small in memory, and with a fingerprint of what they really hold."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from nucseg.annotations import read_labels, read_xml
+from nucseg.annotations.geojson import read_geojson
+from nucseg.data.images import ImageError, check_region, image_shape, read_image, read_region
+from nucseg.labels import check_label_map
+
+SPLITS = ("train", "val", "test")
+CACHE_BYTES = 320 * 2**20  # decoded arrays kept by one process: all of Kumar (30 images and label maps are 210 MB)
+WHOLE_IMAGE_PIXELS = 16_000_000  # regions of larger images are read from the file, smaller images are decoded whole
+
+
+class MissingData(FileNotFoundError):
+    """Images or annotations are not at hand; the message says what to get, from where, and where to put it."""
+
+
+class DataError(ValueError):
+    """Data are at hand but contradict themselves; the message names the files."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A square of one image: what a pathologist is asked to annotate (Sec. III-A).
+
+    Attributes
+    ----------
+    image_id
+        `Sample.id` of the image.
+    row, col
+        Upper left pixel.
+    size
+        Side in pixels.
+    """
+
+    image_id: str
+    row: int
+    col: int
+    size: int
+
+    def __post_init__(self):
+        if self.row < 0 or self.col < 0 or self.size < 1:
+            raise ValueError(f"Patch: row, col >= 0 and size >= 1, got row={self.row}, col={self.col}, size={self.size}")
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Row and column slices of the patch in its image."""
+        return slice(self.row, self.row + self.size), slice(self.col, self.col + self.size)
+
+    def crop(self, array: np.ndarray) -> np.ndarray:
+        """Cut the patch out of an image (H, W, 3) or label map (H, W); a view, with the patch's full size.
+
+        Raises
+        ------
+        ValueError
+            If the patch does not lie inside the array.
+        """
+        if self.row + self.size > array.shape[0] or self.col + self.size > array.shape[1]:
+            raise ValueError(f"{self} does not lie inside an array of {array.shape[0]} x {array.shape[1]} pixels")
+        return array[self.slices]
+
+
+class Source(Protocol):
+    """Where a sample's pixels come from: files, memory or a generator. Hashable, so that decoding can be cached."""
+
+    def shape(self) -> tuple[int, int]:
+        """Height and width, without decoding pixels where possible."""
+
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+
+    def labels(self) -> np.ndarray | None:
+        """(H, W) int32, or None."""
+
+    def region(self, row: int, col: int, height: int, width: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+
+    def content(self) -> bytes:
+        """What the fingerprint is made of."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label map."""
+
+
+class _Cache:
+    """Least recently used arrays up to a number of bytes. The arrays inside are never handed out themselves."""
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0
+        self.arrays: OrderedDict[object, np.ndarray] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+        with self.lock:
+            if key in self.arrays:
+                self.arrays.move_to_end(key)
+                return self.arrays[key]
+        array = make()
+        with self.lock:
+            if key not in self.arrays and array.nbytes <= self.limit:
+                self.arrays[key] = array
+                self.size += array.nbytes
+                while self.size > self.limit:
+                    self.size -= self.arrays.popitem(last=False)[1].nbytes
+        return array
+
+    def clear(self) -> None:
+        with self.lock:
+            self.arrays.clear()
+            self.size = 0
+
+
+CACHE = _Cache(CACHE_BYTES)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """An image file with or without an annotation file beside it.
+
+    Attributes
+    ----------
+    image_path
+        Any file that `nucseg.data.images.read_image` reads.
+    label_path
+        ``.xml`` (Aperio), ``.geojson``/``.json`` (QuPath) or a label image; None for an unlabelled image.
+    components
+        Take the label file as a binary mask: its 8-connected components are the nuclei (TNBC's official masks).
+    decoded
+        Fingerprint decoded pixels (the same for every file format) rather than file bytes (cheap for large files).
+    """
+
+    image_path: Path
+    label_path: Path | None = None
+    components: bool = False
+    decoded: bool = False
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is an annotation file."""
+        return self.label_path is not None
+
+    def shape(self) -> tuple[int, int]:
+        """Height and width from the header."""
+        return image_shape(self.image_path)
+
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return read_image(self.image_path)
+
+    def region(self, row: int, col: int, height: int, width: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return read_region(self.image_path, row, col, height, width)
+
+    def labels(self) -> np.ndarray | None:
+        """(H, W) int32, checked against the image's size; None without annotation file."""
+        if self.label_path is None:
+            return None
+        shape, suffix = self.shape(), self.label_path.suffix.lower()
+        if suffix == ".xml":
+            return read_xml(self.label_path, shape)
+        if suffix in (".geojson", ".json"):
+            return read_geojson(self.label_path, shape)
+        labels = read_labels(self.label_path, binary=True if self.components else None)
+        if labels.shape != shape:
+            raise DataError(
+                f"{self.image_path} has {shape[0]} x {shape[1]} pixels (rows x columns), but its labels "
+                f"{self.label_path} have {labels.shape[0]} x {labels.shape[1]}; they must be of one size"
+            )
+        return labels
+
+    def content(self) -> bytes:
+        """Digest of the decoded arrays or of the files' bytes."""
+        if self.decoded:
+            return _array_digest(self.image(), self.labels())
+        digest = hashlib.sha256()
+        for path in (self.image_path, self.label_path):
+            if path is not None:
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Arrays that are in memory already: for tests and for users with their own reader."""
+
+    pixels: np.ndarray
+    label_map: np.ndarray | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label map."""
+        return self.label_map is not None
+
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[:2]
+
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return self.pixels
+
+    def region(self, row: int, col: int, height: int, width: int) -> np.ndarray:
+        """(height, width, 3) uint8."""
+        return self.pixels[row : row + height, col : col + width]
+
+    def labels(self) -> np.ndarray | None:
+        """(H, W) int32, or None."""
+        return self.label_map
+
+    def content(self) -> bytes:
+        """Digest of the arrays."""
+        return _array_digest(self.pixels, self.label_map)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its label map, decoded when asked for.
+
+    Attributes
+    ----------
+    id
+        Unique within the dataset.
+    source
+        Where the pixels come from.
+    organ, patient
+        Text, ``""`` where unknown.
+    seen
+        Whether the organ is among those of the training images (Table V).
+    """
+
+    id: str
+    source: Source = field(repr=False)
+    organ: str = ""
+    patient: str = ""
+    seen: bool = True
+
+    @classmethod
+    def from_arrays(cls, id: str, image: np.ndarray, labels: np.ndarray | None = None, **about) -> Sample:
+        """Make a sample of an image (H, W, 3) uint8 and a label map (H, W) or None that are in memory."""
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ImageError(f"{id}: an image is (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        if labels is not None:
+            labels = check_label_map(labels).astype(np.int32)
+            if labels.shape != image.shape[:2]:
+                raise DataError(f"{id}: the image is {image.shape[:2]} pixels, but its labels are {labels.shape}")
+        return cls(id, ArraySource(image, labels), **about)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels, from the file's header."""
+        return self.source.shape()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label map, without reading it."""
+        return self.source.labelled
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB; a copy that the caller owns, from a cache of recently decoded images."""
+        return self._cached_image().copy()
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(H, W) int32 label map, 0 = background; a copy that the caller owns; None for an unlabelled image."""
+        return None if not self.labelled else self._cached_labels().copy()
+
+    def region(self, row: int, col: int, height: int, width: int) -> np.ndarray:
+        """Cut one rectangle of the image, (height, width, 3) uint8; of a large image only that part is read."""
+        shape = self.shape
+        check_region(self.id, shape, row, col, height, width)
+        if shape[0] * shape[1] > WHOLE_IMAGE_PIXELS:
+            return self.source.region(row, col, height, width)
+        return self._cached_image()[row : row + height, col : col + width].copy()
+
+    def label_region(self, row: int, col: int, height: int, width: int) -> np.ndarray | None:
+        """Cut one rectangle of the label map, (height, width) int32, ids as in the whole map; None if unlabelled."""
+        check_region(self.id, self.shape, row, col, height, width)
+        return None if not self.labelled else self._cached_labels()[row : row + height, col : col + width].copy()
+
+    def content_digest(self) -> bytes:
+        """SHA-256 over what `Source.content` gives, computed once per process."""
+        return _content_digest(self.source)
+
+    def _cached_image(self) -> np.ndarray:
+        return CACHE.get(("image", self.source), self.source.image)
+
+    def _cached_labels(self) -> np.ndarray:
+        return CACHE.get(("labels", self.source), self.source.labels)
+
+
+class MissingSplit(Sequence):
+    """A split that is not at hand: looking into it raises `MissingData` with what to get."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def __len__(self) -> int:
+        raise MissingData(self.message)
+
+    def __getitem__(self, index):
+        raise MissingData(self.message)
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples in three splits.
+
+    Attributes
+    ----------
+    name
+        ``"kumar"``, ``"monuseg"``, ``"tnbc"``, ``"tissue"`` or the folder's name.
+    train, val, test
+        Sequences of `Sample`; empty where the dataset has no such split.
+    synthetic
+        True for the built-in tissue: every figure and table made from it must say so.
+    licence
+        Of images and annotations.
+    note
+        What every reader of a result must know, for example that the images are synthetic; or ``""``.
+    fingerprint_of
+        ``"decoded pixels"``, ``"file bytes"`` or ``"generator and seeds"``: what `fingerprint` hashes.
+    """
+
+    name: str
+    train: Sequence[Sample]
+    val: Sequence[Sample] = ()
+    test: Sequence[Sample] = ()
+    synthetic: bool = False
+    licence: str = "unknown"
+    note: str = ""
+    fingerprint_of: str = "decoded pixels"
+    recognise: Callable[[Sequence[Sample]], str] | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        ids = [sample.id for sample in self.samples]
+        twice = sorted({id for id in ids if ids.count(id) > 1}) if len(set(ids)) < len(ids) else []
+        if twice:
+            raise DataError(f"{self.name}: two images have the id {', '.join(twice[:5])}; ids must be unique")
+
+    @property
+    def splits(self) -> dict[str, Sequence[Sample]]:
+        """The splits at hand by name, empty ones left out."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: samples for name, samples in named.items() if samples}
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """All samples at hand: train, then val, then test."""
+        return tuple(sample for samples in self.splits.values() for sample in samples)
+
+    def sample(self, id: str) -> Sample:
+        """Return the sample of that id.
+
+        Raises
+        ------
+        KeyError
+            With the nearest id.
+        """
+        by_id = {sample.id: sample for sample in self.samples}
+        if id not in by_id:
+            from nucseg.config import nearest
+
+            raise KeyError(f"{self.name}: no image {id!r}; {nearest(id, by_id)}")
+        return by_id[id]
+
+    @functools.cached_property
+    def version(self) -> str:
+        """Which release this is, recognised by its nuclei counts where several circulate."""
+        return self.recognise(self.samples) if self.recognise is not None else "as found"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits over ids, splits, images and labels (SHA-256 of `fingerprint_of`).
+
+        Of decoded pixels it is the same for every file format; of file bytes (folders, whose images may be huge) it
+        changes when a file is compressed anew.
+        """
+        return _fingerprint((split, sample) for split, samples in self.splits.items() for sample in samples)
+
+    def describe(self):
+        """Count what is there.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row per split and ``total``; columns ``images``, ``labelled`` (images with a label map), ``nuclei``,
+            ``foreground`` (share of annotated pixels inside nuclei, in [0, 1]), ``annotated_pixels``, ``pixels``,
+            ``fingerprint``. Its ``attrs`` hold name, version, licence and note.
+        """
+        import pandas as pd
+
+        rows = {}
+        for split, samples in (*self.splits.items(), ("total", self.samples)):
+            counts = [_count(sample.source) for sample in samples if sample.labelled]
+            nuclei, inside, annotated = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+            rows[split] = {
+                "images": len(samples),
+                "labelled": len(counts),
+                "nuclei": nuclei,
+                "foreground": inside / annotated if annotated else float("nan"),
+                "annotated_pixels": annotated,
+                "pixels": sum(sample.shape[0] * sample.shape[1] for sample in samples),
+                "fingerprint": self.fingerprint if split == "total" else _fingerprint((split, s) for s in samples),
+            }
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        table.index.name = "split"
+        about = {"name": self.name, "version": self.version, "licence": self.licence, "note": self.note}
+        table.attrs.update(about)
+        return table
+
+
+@functools.lru_cache(maxsize=65536)
+def _content_digest(source: Source) -> bytes:
+    return source.content()
+
+
+@functools.lru_cache(maxsize=65536)
+def _count(source: Source) -> tuple[int, int, int]:
+    """Nuclei, pixels inside nuclei and all pixels of a labelled source; decoded once per process."""
+    labels = CACHE.get(("labels", source), source.labels)
+    sizes = np.bincount(labels.ravel())
+    return int(np.count_nonzero(sizes[1:])), int(labels.size - sizes[0]), int(labels.size)
+
+
+def count_nuclei(sample: Sample) -> int:
+    """Distinct ids in a labelled sample's label map, counted once per process."""
+    return _count(sample.source)[0]
+
+
+def _fingerprint(samples) -> str:
+    digest = hashlib.sha256()
+    for split, sample in samples:
+        digest.update(f"{split}\0{sample.id}\0".encode())
+        digest.update(sample.content_digest())
+    return digest.hexdigest()[:12]
+
+
+def _array_digest(image: np.ndarray, labels: np.ndarray | None) -> bytes:
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image))
+    if labels is not None:
+        digest.update(np.ascontiguousarray(labels, dtype="<i4"))
+    return digest.digest()

@@ -1,0 +1,87 @@
+"""Any folder of images, with or without label maps: opened by listing names, nothing is decoded until it is used.
+
+Layouts: ``images/`` beside ``labels/`` (or masks, annotations) with the same stems; the official ``Tissue Images/``
+beside ``Annotations/``; or label files side by side with the images: ``<stem>_labels.png|tif|npy``, ``<stem>.xml``,
+``<stem>.geojson``, ``<stem>_seg.npy``. Sub-folders ``train``, ``val`` and ``test`` become splits; otherwise all is train.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nucseg.data.dataset import SPLITS, DataError, Dataset, FileSource, MissingData, Sample
+from nucseg.data.images import IMAGE_SUFFIXES
+from nucseg.data.layouts import walk
+
+IMAGE_FOLDERS = ("images", "image", "tissue images", "img")
+LABEL_FOLDERS = ("labels", "label", "masks", "annotations", "label_maps")
+LABEL_FILE = re.compile(r"^(?P<stem>.+?)(?P<kind>_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>png|tiff?|npy|xml|geojson)$")
+DEPTH = 3
+PREFERENCE = (".geojson", ".xml", ".npy", ".tif", ".tiff", ".png")  # drawn outlines before rasters, where both exist
+
+
+def load(folder: str | Path) -> Dataset:
+    """Open a folder of images.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+
+    Returns
+    -------
+    Dataset
+        Named like the folder; ids are paths below the folder (or the split's folder) without suffix.
+
+    Raises
+    ------
+    MissingData
+        When the folder does not exist or holds no image.
+    DataError
+        When two images differ only by suffix.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingData(f"{folder}: no such folder; give the folder that holds the images")
+    named = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    splits = {split: named[split] for split in SPLITS if split in named}
+    if splits:
+        samples = {split: _samples(path, prefix=f"{split}/") for split, path in splits.items()}
+    else:
+        samples = {"train": _samples(folder)}
+    if not any(samples.values()):
+        raise MissingData(
+            f"{folder}: no image found in it or {DEPTH} folders below; images are {', '.join(IMAGE_SUFFIXES)}, "
+            "label files (*_labels.png, labels/, *.xml, *.geojson, *_seg.npy) do not count"
+        )
+    return Dataset(name=folder.resolve().name, **samples, licence="the user's own", fingerprint_of="file bytes")
+
+
+def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
+    images: dict[tuple[Path, str], Path] = {}
+    labels: dict[tuple[Path, str], Path] = {}
+    for folder, names in walk(root, DEPTH):
+        kind = folder.name.lower()
+        home = folder.parent if kind in IMAGE_FOLDERS + LABEL_FOLDERS and folder != root else folder
+        for name in names:
+            path = folder / name
+            match = LABEL_FILE.match(name)
+            if match and (kind in LABEL_FOLDERS or match["kind"] or match["suffix"] in ("xml", "geojson", "npy")):
+                key = (home, match["stem"])
+                if key not in labels or _rank(path) < _rank(labels[key]):
+                    labels[key] = path
+            elif path.suffix.lower() in IMAGE_SUFFIXES and kind not in LABEL_FOLDERS:
+                key = (home, path.stem)
+                if key in images:
+                    raise DataError(f"{images[key]} and {path} are two images of one name; rename or remove one")
+                images[key] = path
+    samples = []
+    for (home, stem), path in sorted(images.items()):
+        below = home.relative_to(root)
+        samples.append(Sample(prefix + (below / stem).as_posix(), FileSource(path, labels.get((home, stem)))))
+    return tuple(samples)
+
+
+def _rank(path: Path) -> int:
+    return PREFERENCE.index(path.suffix.lower())

@@ -1,0 +1,280 @@
+"""Reading images: 8-bit RGB in the end, whole or by region, and a plain reason whenever a file cannot be one.
+
+8-bit RGB is the norm. RGBA loses its alpha without a word; grey, palette and 16-bit images are converted with a
+warning; CMYK, float, truncated, empty and non-image files are `ImageError`s that name the file and the reason. An
+orientation tag is never applied: label maps are drawn on the pixels as they are stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or openslide opens all of these
+TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn")
+ORIENTATION_TAG = 274
+TIFF_CMYK, TIFF_WHITE_IS_ZERO, TIFF_PALETTE = 5, 0, 3
+
+
+class ImageError(ValueError):
+    """An image file cannot be read as 8-bit RGB; the message names the file and the reason."""
+
+
+class ImageWarning(UserWarning):
+    """An image was converted to 8-bit RGB, which may lose something; the message names the file."""
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read one image whole.
+
+    Parameters
+    ----------
+    path
+        PNG, JPEG, WebP, BMP, TIFF (any compression that tifffile and imagecodecs know) or a slide.
+
+    Returns
+    -------
+    numpy.ndarray
+        (H, W, 3) uint8, RGB, as stored (no colour normalisation, no orientation tag applied).
+
+    Raises
+    ------
+    ImageError
+        When the file is no image, is truncated, has no pixels, or is CMYK or floating point.
+
+    Warns
+    -----
+    ImageWarning
+        When grey, palette or 16-bit values were converted.
+    """
+    path = Path(path)
+    _check_file(path)
+    return _read_tiff(path) if path.suffix.lower() in TIFF_SUFFIXES else _read_pillow(path)
+
+
+@functools.lru_cache(maxsize=4096)
+def image_shape(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image in pixels, from its header alone."""
+    path = Path(path)
+    _check_file(path)
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        with _open_tiff(path) as tiff:
+            page = tiff.pages[0]
+            return int(page.imagelength), int(page.imagewidth)
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        with _open_slide(path) as slide:
+            width, height = slide.dimensions
+            return int(height), int(width)
+    with _open_pillow(path) as image:
+        return image.height, image.width
+
+
+def read_region(path: str | Path, row: int, col: int, height: int, width: int) -> np.ndarray:
+    """Read one rectangle of an image without decoding the rest where the format allows it.
+
+    Tiled or striped TIFFs and slides are opened by tiffslide or openslide when installed (``pip install
+    nucseg[slides]``), otherwise by tifffile, which also decodes only the tiles or strips that the rectangle
+    meets. Other formats have no regions: they are decoded whole and cut.
+
+    Parameters
+    ----------
+    path
+        The image file.
+    row, col, height, width
+        Upper left pixel and size of the rectangle, in pixels at full resolution; it must lie inside the image.
+
+    Returns
+    -------
+    numpy.ndarray
+        (height, width, 3) uint8.
+
+    Raises
+    ------
+    ImageError
+        As `read_image`, and when the rectangle is empty or leaves the image.
+    """
+    path = Path(path)
+    check_region(path, image_shape(path), row, col, height, width)
+    suffix = path.suffix.lower()
+    if suffix in SLIDE_SUFFIXES:
+        with _open_slide(path) as slide:
+            return np.asarray(slide.read_region((col, row), 0, (width, height)))[..., :3].copy()
+    if suffix in TIFF_SUFFIXES:
+        with _open_tiff(path) as tiff:
+            return _to_rgb(_tiff_region(tiff.pages[0], row, col, height, width), path, tiff.pages[0])
+    return read_image(path)[row : row + height, col : col + width].copy()
+
+
+def check_region(what: object, shape: tuple[int, int], row: int, col: int, height: int, width: int) -> None:
+    """Raise `ImageError` unless the rectangle is not empty and lies inside `shape`."""
+    if height < 1 or width < 1 or row < 0 or col < 0 or row + height > shape[0] or col + width > shape[1]:
+        raise ImageError(
+            f"{what}: the region of {height} x {width} pixels at row {row}, column {col} does not lie inside the image "
+            f"of {shape[0]} x {shape[1]} pixels"
+        )
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ImageError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty (0 bytes); copy or export it again")
+
+
+def _open_pillow(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 10,000 x 10,000 is an ordinary image here
+            return Image.open(path)
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{path}: not an image, or of a kind that cannot be read here; "
+            f"known are {', '.join(IMAGE_SUFFIXES)} with the content that their name says"
+        ) from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"{path}: too large to be decoded whole; save it as a tiled TIFF, which is read by region"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+
+
+def _read_pillow(path: Path) -> np.ndarray:
+    with _open_pillow(path) as image:
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+        mode = image.mode
+        if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+            _warn(path, "has an orientation tag, which is ignored: pixels are read as they are stored")
+        if mode == "CMYK":
+            raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
+        if mode in ("RGB", "RGBA"):
+            return np.array(image)[..., :3].copy() if mode == "RGBA" else np.array(image)
+        if mode in ("P", "YCbCr", "LAB", "HSV"):
+            _warn(path, f"was converted from {mode} to RGB")
+            return np.array(image.convert("RGB"))
+        if mode == "1":
+            return _to_rgb(np.array(image).astype(np.uint8) * 255, path)
+        return _to_rgb(np.array(image), path)
+
+
+def _open_tiff(path: Path):
+    import tifffile
+
+    try:
+        tiff = tifffile.TiffFile(path)
+        if len(tiff.pages) == 0 or tiff.pages[0].imagelength == 0 or tiff.pages[0].imagewidth == 0:
+            raise ImageError(f"{path}: a TIFF without pixels")
+        return tiff
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{path}: not a TIFF, or a damaged one ({error}); copy or export it again") from error
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    with _open_tiff(path) as tiff:
+        page = tiff.pages[0]
+        try:
+            data = page.asarray()
+        except Exception as error:  # tifffile and imagecodecs raise many kinds; all of them mean the same to a user
+            raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+        if len(tiff.pages) > 1 and all(other.shape == page.shape for other in tiff.pages):
+            _warn(path, f"has {len(tiff.pages)} pages of one size; only the first is read")
+        return _to_rgb(data, path, page)
+
+
+def _tiff_region(page, row: int, col: int, height: int, width: int) -> np.ndarray:
+    """Decode the tiles or strips of a TIFF page that a rectangle meets, and cut."""
+    path = page.parent.filehandle.path
+    if page.planarconfig != 1 and page.samplesperpixel > 1:  # planes one after the other: rare, decode whole
+        return np.moveaxis(page.asarray(), 0, -1)[row : row + height, col : col + width]
+    tile_height, tile_width = (
+        (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    )
+    tile_height = min(tile_height, page.imagelength)
+    across = -(-page.imagewidth // tile_width)
+    samples = page.samplesperpixel
+    out = np.zeros((height, width, samples), page.dtype)
+    for tile_row in range(row // tile_height, -(-(row + height) // tile_height)):
+        for tile_col in range(col // tile_width, -(-(col + width) // tile_width)):
+            index = tile_row * across + tile_col
+            handle = page.parent.filehandle
+            handle.seek(page.dataoffsets[index])
+            data = handle.read(page.databytecounts[index])
+            tables = {"jpegtables": page.jpegtables} if page.jpegtables is not None else {}
+            try:
+                segment, (_, _, top, left, _), shape = page.decode(data, index, **tables)
+            except Exception as error:
+                raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+            if segment is None:  # a sparse tile: background
+                continue
+            segment = segment[0, : shape[1], : shape[2]]
+            r0, r1 = max(row, top), min(row + height, top + segment.shape[0])
+            c0, c1 = max(col, left), min(col + width, left + segment.shape[1])
+            out[r0 - row : r1 - row, c0 - col : c1 - col] = segment[r0 - top : r1 - top, c0 - left : c1 - left]
+    return out[..., 0] if samples == 1 else out
+
+
+def _open_slide(path: Path):
+    for name in ("tiffslide", "openslide"):
+        if importlib.util.find_spec(name):
+            module = importlib.import_module(name)
+            slide_class = module.TiffSlide if name == "tiffslide" else module.OpenSlide
+            try:
+                return slide_class(str(path))
+            except Exception as error:
+                raise ImageError(f"{path}: {name} cannot open this slide ({error})") from error
+    raise ImageError(f"{path}: slides of this kind need tiffslide: pip install nucseg[slides]")
+
+
+def _to_rgb(data: np.ndarray, path: Path, page=None) -> np.ndarray:
+    """Turn decoded values of any common kind into (H, W, 3) uint8, with a warning where it matters."""
+    if page is not None:
+        if page.photometric == TIFF_CMYK:
+            raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
+        if data.ndim == 3 and page.planarconfig != 1 and data.shape[0] == page.samplesperpixel:
+            data = np.moveaxis(data, 0, -1)
+    if data.ndim == 3 and data.shape[2] in (1, 2):  # grey, or grey with alpha
+        data = data[..., 0]
+    if data.ndim not in (2, 3) or (data.ndim == 3 and data.shape[2] not in (3, 4)) or 0 in data.shape:
+        raise ImageError(f"{path}: expected an RGB image, got an array of shape {data.shape}; is it a stack or a mask?")
+    if data.dtype.kind == "f":
+        raise ImageError(f"{path}: floating-point pixels; save it as 8-bit RGB")
+    if data.dtype.kind == "b":
+        data = data.astype(np.uint8) * 255
+    if page is not None and data.ndim == 2 and page.photometric == TIFF_PALETTE and page.colormap is not None:
+        _warn(path, "was converted from palette colours to RGB")
+        return np.ascontiguousarray((page.colormap[:, data] >> 8).astype(np.uint8).transpose(1, 2, 0))
+    if data.dtype != np.uint8:
+        data = _to_8_bit(data, path)
+    if data.ndim == 2:
+        _warn(path, "is grey and was copied to three channels; nuclei models expect H&E colours")
+        if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
+            data = 255 - data
+        data = np.repeat(data[..., None], 3, axis=2)
+    return np.ascontiguousarray(data[..., :3])
+
+
+def _to_8_bit(data: np.ndarray, path: Path) -> np.ndarray:
+    top = int(data.max(initial=0))
+    if data.dtype.kind == "i" and int(data.min(initial=0)) < 0:
+        raise ImageError(f"{path}: negative pixel values ({data.dtype}); save it as 8-bit RGB")
+    # scanners store 10, 12, 14 or 16 significant bits in 16: take the fewest that hold the brightest pixel
+    bits = next((b for b in (8, 10, 12, 14, 16) if top < 2**b), None)
+    if bits is None:
+        raise ImageError(f"{path}: pixel values up to {top}; is it a label map? Save images as 8-bit RGB")
+    _warn(path, f"has {data.dtype.itemsize * 8}-bit pixels; their {bits} significant bits were reduced to 8")
+    return (data >> (bits - 8)).astype(np.uint8)
+
+
+def _warn(path: Path, what: str) -> None:
+    warnings.warn(f"{path}: {what}", ImageWarning, stacklevel=4)
