@@ -1,0 +1,213 @@
+"""Boxes for a whole batch at once: what torchvision's Mask R-CNN does image by image, in a few batched kernels.
+
+Boxes are (x1, y1, x2, y2) in pixels of the image, where pixel (row r, column c) covers the square from (c, r) to
+(c + 1, r + 1): a nucleus of one pixel has a box of width 1. Every function here works on padded batches, so that a
+training step asks nothing of the host image by image (torchvision's own loops are what holds it at 71 images/s).
+
+Deviations from torchvision, all in favour of small objects: anchors are centred on the cells of the feature map
+instead of their corners; mask targets are sampled at pixel centres (torchvision's sit half a pixel off, which is a
+tenth of the width of a small nucleus's IoU); non-maximum suppression of proposals runs over all levels together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """The true nuclei of a batch, padded to the largest count of the batch (at least 1)."""
+
+    boxes: Tensor  # (b, g, 4) float32
+    valid: Tensor  # (b, g) bool: which of the g places hold a nucleus
+    index: Tensor  # (b, h, w) int64: 0 = background, j + 1 = the nucleus in place j
+
+
+def targets_from_labels(label_maps: Int[Tensor, "b h w"]) -> Targets:
+    """Read boxes from label maps, on their device and without a loop over ids.
+
+    Ids may be any positive integers, with gaps and in several pieces; places follow the order of the ids. An image
+    without nuclei has no valid place.
+    """
+    b, h, w = label_maps.shape
+    device = label_maps.device
+    image, row, column = label_maps.nonzero(as_tuple=True)
+    values = label_maps[image, row, column].long()
+    index = torch.zeros((b, h, w), dtype=torch.int64, device=device)
+    if len(values) == 0:
+        return Targets(
+            torch.zeros((b, 1, 4), device=device), torch.zeros((b, 1), dtype=torch.bool, device=device), index
+        )
+    span = values.max() + 1
+    keys, nucleus = torch.unique(image * span + values, return_inverse=True)  # sorted: image by image
+    owner = keys // span
+    counts = torch.bincount(owner, minlength=b)
+    place = torch.arange(len(keys), device=device) - (counts.cumsum(0) - counts)[owner]
+    index[image, row, column] = place[nucleus] + 1
+    low = torch.full((len(keys), 2), max(h, w), device=device)
+    high = torch.zeros((len(keys), 2), dtype=torch.int64, device=device)
+    position = torch.stack((column, row), dim=1)
+    each = nucleus[:, None].expand(-1, 2)
+    low.scatter_reduce_(0, each, position, "amin")
+    high.scatter_reduce_(0, each, position + 1, "amax")
+    most = int(counts.max())
+    boxes = torch.zeros((b, most, 4), device=device)
+    boxes[owner, place] = torch.cat((low, high), dim=1).float()
+    valid = torch.arange(most, device=device) < counts[:, None]
+    return Targets(boxes, valid, index)
+
+
+def mask_targets(
+    index: Int[Tensor, "b h w"],
+    image: Int[Tensor, "n"],
+    place: Int[Tensor, "n"],
+    boxes: Float[Tensor, "n 4"],
+    size: int,
+) -> Float[Tensor, "n size size"]:
+    """Cut the mask of one nucleus per box out of the label maps, resampled to `size` x `size`, values in [0, 1].
+
+    Bilinear at the centres of the cells, as ``roi_align(..., sampling_ratio=1, aligned=True)`` on the nucleus's binary
+    mask, but read from the label map, so that no mask of the whole image is ever made.
+
+    Parameters
+    ----------
+    index
+        `Targets.index`.
+    image, place
+        Of each box: its image in the batch, and the place of its nucleus in `Targets`.
+    boxes
+        In pixels of the label maps.
+    size
+        Cells on each side.
+    """
+    _, h, w = index.shape
+    cell = (torch.arange(size, device=index.device) + 0.5) / size
+    x = (boxes[:, 0, None] + cell * (boxes[:, 2] - boxes[:, 0])[:, None] - 0.5).clamp(0, w - 1)
+    y = (boxes[:, 1, None] + cell * (boxes[:, 3] - boxes[:, 1])[:, None] - 0.5).clamp(0, h - 1)
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = (x - x0)[:, None, :], (y - y0)[:, :, None]
+    x0, y0 = x0.long(), y0.long()
+    x1, y1 = (x0 + 1).clamp(max=w - 1), (y0 + 1).clamp(max=h - 1)
+    wanted = (place + 1)[:, None, None]
+
+    def inside(rows: Tensor, columns: Tensor) -> Tensor:
+        return (index[image[:, None, None], rows[:, :, None], columns[:, None, :]] == wanted).float()
+
+    top = inside(y0, x0) * (1 - fx) + inside(y0, x1) * fx
+    bottom = inside(y1, x0) * (1 - fx) + inside(y1, x1) * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def make_anchors(
+    shapes: list[tuple[int, int]],
+    strides: tuple[int, ...],
+    sizes: tuple[tuple[float, ...], ...],
+    ratios: tuple[float, ...],
+    device: torch.device,
+) -> Float[Tensor, "a 4"]:
+    """Anchors of all levels, ordered level, row, column, shape; a ratio is height / width at equal area."""
+    levels = []
+    for (rows, columns), stride, level_sizes in zip(shapes, strides, sizes, strict=True):
+        sides = [(s / r**0.5, s * r**0.5) for s in level_sizes for r in ratios]
+        half = torch.tensor(sides, device=device) / 2
+        y = (torch.arange(rows, device=device) + 0.5) * stride
+        x = (torch.arange(columns, device=device) + 0.5) * stride
+        centre = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[:, :, None]
+        levels.append(torch.cat((centre - half, centre + half), dim=-1).reshape(-1, 4))
+    return torch.cat(levels)
+
+
+def encode(boxes: Float[Tensor, "*n 4"], anchors: Float[Tensor, "*n 4"], weights: tuple[float, float]) -> Tensor:
+    """Offsets that turn anchors into boxes: centre shift in anchor sides and log ratio of sides, times `weights`."""
+    centre, side = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
+    shift = ((boxes[..., :2] + boxes[..., 2:]) / 2 - centre) / side
+    return torch.cat((shift * weights[0], torch.log((boxes[..., 2:] - boxes[..., :2]) / side) * weights[1]), dim=-1)
+
+
+def decode(offsets: Float[Tensor, "*n 4"], anchors: Float[Tensor, "*n 4"], weights: tuple[float, float]) -> Tensor:
+    """Invert `encode`; a side grows at most 62.5-fold, torchvision's bound against overflow."""
+    centre, side = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
+    offsets = offsets.float()
+    centre = centre + offsets[..., :2] / weights[0] * side
+    half = side * torch.exp((offsets[..., 2:] / weights[1]).clamp(max=4.135)) / 2
+    return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def pairwise_iou(a: Float[Tensor, "b n 4"], b: Float[Tensor, "b m 4"]) -> Float[Tensor, "b n m"]:
+    """IoU of every box of `a` with every box of `b`, image by image; 0 where both are empty."""
+    a, b = a[:, :, None], b[:, None]
+    common = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
+    common *= (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
+    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
+    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
+    return common / (area_a + area_b - common).clamp_(min=1e-6)
+
+
+class Matches(NamedTuple):
+    """For each candidate box: its nucleus, and whether it is an example of a nucleus, of background, or of neither."""
+
+    place: Tensor  # (b, n) int64, meaningful where positive
+    positive: Tensor  # (b, n) bool
+    negative: Tensor  # (b, n) bool
+
+
+def match(candidates: Float[Tensor, "b n 4"], targets: Targets, above: float, below: float, keep_best: bool) -> Matches:
+    """Assign candidates to true boxes by IoU: positive from `above`, background under `below`.
+
+    `keep_best` also makes positive the best candidates of each nucleus, however low their IoU (above zero).
+    """
+    iou = pairwise_iou(targets.boxes, candidates).masked_fill_(~targets.valid[:, :, None], -1.0)
+    best, place = iou.max(dim=1)
+    positive = best >= above
+    if keep_best:
+        highest = iou.amax(dim=2, keepdim=True)
+        positive |= ((iou == highest) & (highest > 0)).any(dim=1)
+    return Matches(place, positive, (best < below) & ~positive)
+
+
+def sample(
+    positive: Bool[Tensor, "b n"],
+    negative: Bool[Tensor, "b n"],
+    count: int,
+    fraction: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"], Bool[Tensor, "b k"]]:
+    """Draw up to `count` examples per image, at most `fraction` of them positive, the rest background.
+
+    Returns
+    -------
+    indices, is_positive, is_drawn
+        Of padded places: the example, whether it is positive, and whether the place is used.
+    """
+    n = positive.shape[1]
+    key = torch.rand(positive.shape, generator=generator, device=positive.device)
+    key_positive, first = key.masked_fill(~positive, 2.0).topk(min(round(count * fraction), n), largest=False)
+    key_negative, second = key.masked_fill(~negative, 2.0).topk(min(count, n), largest=False)
+    drawn = key_positive < 1.5
+    room = count - drawn.sum(dim=1, keepdim=True)
+    drawn_negative = (key_negative < 1.5) & (torch.arange(second.shape[1], device=key.device) < room)
+    return (
+        torch.cat((first, second), dim=1),
+        torch.cat((drawn, torch.zeros_like(drawn_negative)), dim=1),
+        torch.cat((drawn, drawn_negative), dim=1),
+    )
+
+
+def batched_nms(boxes: Float[Tensor, "b n 4"], threshold: float) -> Bool[Tensor, "b n"]:
+    """Greedy non-maximum suppression of many images at once; `boxes` in falling order of score.
+
+    A box stays unless a box before it that stays overlaps it by more than `threshold`. Iterating that rule from "all
+    stay" settles the boxes in order of the length of their chains, so the fixed point is the greedy answer.
+    """
+    overlap = torch.triu(pairwise_iou(boxes, boxes) > threshold, diagonal=1).to(
+        torch.bfloat16 if boxes.is_cuda else torch.float32
+    )
+    keep = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    while True:
+        updated = torch.bmm(keep[:, None].to(overlap), overlap)[:, 0] == 0
+        if torch.equal(updated, keep):
+            return keep
+        keep = updated

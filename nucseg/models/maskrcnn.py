@@ -1,0 +1,472 @@
+"""Mask R-CNN set for nuclei (Sec. III-C and IV-A): torchvision's architecture and losses over any pretrained encoder.
+
+A region proposal network on a feature pyramid, a box head and a mask head, with torchvision's layers, operators and
+loss formulas. What differs, and why (REFERENCE section 6, A29-A33):
+
+- No hidden rescaling: the network sees every image at one stated `MaskRCNNConfig.scale`, in training and test alike.
+- Small anchors, up to 2,000 nuclei per image, and enough proposals for them.
+- RoIs are pooled from the finest level of the pyramid only. torchvision chooses the level by box size and would take
+  that same level for every box under 112 px.
+- Every layer is trained. BatchNorm follows `MaskRCNNConfig.batch_norm`.
+- One class, so one logit instead of a softmax over two, and class-agnostic boxes and masks.
+- A training step works on the whole batch at once (`nucseg.models.boxes`), with masks for positive RoIs only.
+- Overlapping masks become one label map in order of score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, nms, roi_align
+
+from nucseg.encoders import Pyramid
+from nucseg.models.base import Instances, Segmenter
+from nucseg.models.boxes import (
+    Targets,
+    batched_nms,
+    decode,
+    encode,
+    make_anchors,
+    mask_targets,
+    match,
+    sample,
+    targets_from_labels,
+)
+
+RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0), (10.0, 5.0)  # torchvision's scaling of box offsets: (centre, log side)
+SMOOTH_L1_BETA = 1 / 9  # torchvision's
+
+
+@dataclass(frozen=True)
+class MaskRCNNConfig:
+    """Every size and threshold of the Mask R-CNN; lengths are in pixels of the image, whatever the `scale`.
+
+    Attributes
+    ----------
+    scale
+        The factor by which images are enlarged for the network, in training and test alike.
+    strides
+        Levels of the feature pyramid for the proposals, in network pixels: powers of two, at most 64.
+    anchors
+        Anchor sizes of each level.
+    ratios
+        Height / width of the anchors.
+    roi_stride
+        The level from which RoIs are pooled: 2 or 4.
+    batch_norm
+        ``"frozen"`` keeps the encoder's ImageNet statistics and trains its affine weights; ``"train"`` updates both.
+    """
+
+    scale: float = 1.0
+    # pyramid and heads
+    strides: tuple[int, ...] = (4, 8, 16, 32, 64)
+    roi_stride: int = 4
+    fpn_channels: int = 256
+    box_pool: int = 7
+    box_widths: tuple[int, ...] = (1024, 1024)
+    mask_pool: int = 14
+    mask_widths: tuple[int, ...] = (256, 256, 256, 256)
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    # anchors and proposals
+    anchors: tuple[tuple[float, ...], ...] = ((8.0,), (16.0,), (32.0,), (64.0,), (128.0,))
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_above: float = 0.7
+    rpn_below: float = 0.3
+    rpn_samples: int = 256
+    rpn_fraction: float = 0.5
+    rpn_nms: float = 0.7
+    train_candidates: int = 1000  # proposals per image before and after suppression, in training ...
+    train_proposals: int = 500
+    test_candidates: int = 12000  # ... and per tile at test
+    test_proposals: int = 4000
+    # boxes and masks
+    roi_iou: float = 0.5
+    roi_samples: int = 256
+    roi_fraction: float = 0.33
+    score: float = 0.5
+    nms: float = 0.4
+    detections: int = 2000
+    # the label map (A33)
+    mask_threshold: float = 0.5
+    drop_covered: float = 0.7
+    min_area: int = 15
+    # whole images
+    tile: int = 1024
+    overlap: int = 128
+
+    def __post_init__(self):
+        if len(self.anchors) != len(self.strides):
+            raise ValueError(f"anchors: one tuple of sizes per stride {self.strides}, got {self.anchors}")
+        if any(stride not in (2, 4, 8, 16, 32, 64) for stride in self.strides):
+            raise ValueError(f"strides: expected some of 2, 4, 8, 16, 32, 64, got {self.strides}")
+        if self.roi_stride not in (2, 4):
+            raise ValueError(f"roi_stride: expected 2 or 4, got {self.roi_stride}")
+        if not self.scale > 0:
+            raise ValueError(f"scale: expected a positive factor, got {self.scale}")
+        if not 0 <= 2 * self.overlap <= self.tile:
+            raise ValueError(f"overlap: expected 0 to half of the tile of {self.tile} px, got {self.overlap}")
+        for name in ("rpn_above", "rpn_below", "rpn_fraction", "rpn_nms", "roi_iou", "roi_fraction", "score", "nms",
+                     "mask_threshold", "drop_covered"):  # fmt: skip
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        for name in ("fpn_channels", "box_pool", "mask_pool", "rpn_samples", "train_candidates", "train_proposals",
+                     "test_candidates", "test_proposals", "roi_samples", "detections"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+class MaskRCNN(Segmenter):
+    """Mask R-CNN over the feature pyramid of a pretrained encoder.
+
+    Parameters
+    ----------
+    encoder
+        Any name of `nucseg.encoders.Pyramid`: ``"resnet50"`` (the paper's), ``"efficientnet_lite0"``, ...
+    config
+        Sizes and thresholds.
+    weights
+        A file of the encoder's weights, if not the installed or downloadable ones.
+    seed
+        Seeds the initial weights of the heads and the sampling of anchors and RoIs.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "resnet50",
+        config: MaskRCNNConfig | None = None,
+        weights: str | Path | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.config = config = config or MaskRCNNConfig()
+        self.seed = seed
+        self._generator: torch.Generator | None = None
+        self.pyramid = Pyramid(encoder, weights)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            finest = min(config.strides[0], config.roi_stride)
+            self.first = self.pyramid.strides.index(finest)
+            width = config.fpn_channels
+            self.fpn = FeaturePyramidNetwork(self.pyramid.channels[self.first :], width)
+            self.rpn = _ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
+            self.box_head = _BoxHead(width, config)
+            self.mask_head = _MaskHead(width, config)
+
+    def train(self, mode: bool = True) -> MaskRCNN:
+        super().train(mode)
+        if self.config.batch_norm == "frozen":
+            for module in self.pyramid.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def loss(self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]) -> dict[str, Float[Tensor, ""]]:
+        """Return the five losses of Mask R-CNN; see `Segmenter.loss`.
+
+        ``rpn_score`` and ``rpn_box`` of the proposals, ``score``, ``box`` and ``mask`` of the RoIs; each is
+        torchvision's formula, averaged over the examples drawn in the batch.
+        """
+        config, scale = self.config, self.config.scale
+        targets = targets_from_labels(label_maps)
+        scaled = targets._replace(boxes=targets.boxes * scale)
+        levels, roi_map = self._features(images)
+        logits, offsets, anchors = self._propose(levels)
+        losses = self._rpn_loss(logits, offsets, anchors, scaled)
+
+        proposals, usable = self._train_proposals(logits.detach(), offsets.detach(), anchors, images.shape[-2:])
+        # True boxes join the proposals, as in torchvision: at the start of training they are the only positives.
+        candidates = torch.cat((proposals, scaled.boxes), dim=1)
+        usable = torch.cat((usable, scaled.valid), dim=1)
+        matches = match(candidates, scaled, config.roi_iou, config.roi_iou, keep_best=False)
+        chosen, positive, drawn = sample(
+            matches.positive & usable, matches.negative & usable, config.roi_samples, config.roi_fraction,
+            self._random(images.device),
+        )  # fmt: skip
+        image, slot = drawn.nonzero(as_tuple=True)
+        index, positive = chosen[image, slot], positive[image, slot]
+        rois, place = candidates[image, index], matches.place[image, index]
+
+        score, box_offsets = self.box_head(self._pool(roi_map, image, rois, config.box_pool))
+        losses["score"] = F.binary_cross_entropy_with_logits(score.float(), positive.float())
+        which = positive.nonzero()[:, 0]
+        image, rois, place = image[which], rois[which], place[which]
+        wanted = encode(scaled.boxes[image, place], rois, BOX_WEIGHTS)
+        losses["box"] = F.smooth_l1_loss(
+            box_offsets[which].float(), wanted, beta=SMOOTH_L1_BETA, reduction="sum"
+        ) / max(1, len(positive))
+
+        masks = self.mask_head(self._pool(roi_map, image, rois, config.mask_pool)).float()
+        truth = mask_targets(targets.index, image, place, rois / scale, masks.shape[-1])
+        mask_loss = F.binary_cross_entropy_with_logits(masks, truth, reduction="sum")
+        losses["mask"] = mask_loss / max(1, truth.numel())
+        return losses
+
+    def _random(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        return self._generator
+
+    def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Feature maps of `config.strides`, and the one from which RoIs are pooled."""
+        if self.config.scale != 1:
+            size = [round(side * self.config.scale) for side in images.shape[-2:]]
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        # Sides are rounded up to the coarsest stride of the encoder; added pixels repeat the border, so that no
+        # artificial edge appears there.
+        h, w = images.shape[-2:]
+        images = F.pad(images, (0, -w % 32, 0, -h % 32), mode="replicate")
+        strides = self.pyramid.strides[self.first :]
+        maps = self.fpn(dict(zip(map(str, strides), self.pyramid(images)[self.first :], strict=True)))
+        maps = {int(stride): features for stride, features in maps.items()}
+        maps[64] = F.max_pool2d(maps[32], 1, 2)  # torchvision's extra level
+        return [maps[stride] for stride in self.config.strides], maps[self.config.roi_stride]
+
+    def _propose(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Objectness logits (b, a), box offsets (b, a, 4) and anchors (a, 4), in network pixels."""
+        logits, offsets = zip(*(self.rpn(features) for features in levels), strict=True)
+        sizes = tuple(tuple(size * self.config.scale for size in sizes) for sizes in self.config.anchors)
+        shapes = [features.shape[-2:] for features in levels]
+        anchors = make_anchors(shapes, self.config.strides, sizes, self.config.ratios, levels[0].device)
+        return torch.cat(logits, dim=1).float(), torch.cat(offsets, dim=1).float(), anchors
+
+    def _rpn_loss(self, logits: Tensor, offsets: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
+        config = self.config
+        everywhere = anchors.expand(len(logits), -1, 4)
+        matches = match(everywhere, targets, config.rpn_above, config.rpn_below, keep_best=True)
+        index, positive, drawn = sample(
+            matches.positive, matches.negative, config.rpn_samples, config.rpn_fraction, self._random(logits.device)
+        )
+        count = drawn.sum().clamp(min=1)
+        score = F.binary_cross_entropy_with_logits(logits.gather(1, index), positive.float(), reduction="none")
+        image, slot = positive.nonzero(as_tuple=True)
+        index_positive = index[image, slot]
+        wanted = encode(
+            targets.boxes[image, matches.place[image, index_positive]], anchors[index_positive], RPN_WEIGHTS
+        )
+        box = F.smooth_l1_loss(offsets[image, index_positive], wanted, beta=SMOOTH_L1_BETA, reduction="sum")
+        return {"rpn_score": (score * drawn).sum() / count, "rpn_box": box / count}
+
+    @torch.no_grad()
+    def _train_proposals(
+        self, logits: Tensor, offsets: Tensor, anchors: Tensor, shape: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Best proposals of each image after suppression, (b, p, 4), and which of them are meant."""
+        config = self.config
+        score, best = logits.topk(min(config.train_candidates, logits.shape[1]), dim=1)
+        boxes = decode(offsets.gather(1, best[..., None].expand(-1, -1, 4)), anchors[best], RPN_WEIGHTS)
+        boxes = clip_boxes_to_image(boxes, [round(side * config.scale) for side in shape])
+        keep = batched_nms(boxes, config.rpn_nms) & ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(dim=-1)
+        score, order = score.masked_fill(~keep, -torch.inf).topk(min(config.train_proposals, score.shape[1]), dim=1)
+        return boxes.gather(1, order[..., None].expand(-1, -1, 4)), score > -torch.inf
+
+    def _pool(self, features: Tensor, image: Tensor, rois: Tensor, size: int) -> Tensor:
+        rois = torch.cat((image[:, None].to(rois), rois), dim=1)
+        return roi_align(features, rois, size, 1 / self.config.roi_stride, sampling_ratio=2, aligned=True)
+
+    # -- prediction ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict_instances(self, image: np.ndarray) -> Instances:
+        """Segment one whole image, (H, W, 3) uint8, in overlapping tiles where it is larger than `config.tile`.
+
+        Each tile hands over the nuclei whose centre lies in its own part of the image; suppression and the order of
+        scores then run over the whole image, so that no nucleus is doubled or cut at a tile's border.
+
+        Returns
+        -------
+        Instances
+            Ids 1..n in falling order of score.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        config, device = self.config, next(self.parameters()).device
+        training = self.training
+        self.eval()
+        try:
+            found = []
+            for (top, bottom, own_top, own_bottom), (left, right, own_left, own_right) in (
+                (rows, columns)
+                for rows in _spans(image.shape[0], config.tile, config.overlap)
+                for columns in _spans(image.shape[1], config.tile, config.overlap)
+            ):
+                tile = torch.from_numpy(np.ascontiguousarray(image[top:bottom, left:right])).to(device)
+                boxes, scores, masks = self._detect(tile.permute(2, 0, 1)[None].float() / 255)
+                boxes = boxes + boxes.new_tensor([left, top, left, top])
+                x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+                own = (x >= own_left) & (x < own_right) & (y >= own_top) & (y < own_bottom)
+                found.append((boxes[own], scores[own], masks[own]))
+        finally:
+            self.train(training)
+        boxes, scores, masks = (torch.cat(parts) for parts in zip(*found, strict=True))
+        keep = nms(boxes, scores, config.nms)  # in falling order of score
+        return paint(
+            boxes[keep].cpu(), scores[keep].cpu(), masks[keep], image.shape[:2],
+            config.mask_threshold, config.drop_covered, config.min_area,
+        )  # fmt: skip
+
+    def _detect(self, image: Float[Tensor, "1 3 h w"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (n, 4) in image pixels, scores (n,) and mask probabilities (n, m, m) of one tile."""
+        config = self.config
+        shape = [round(side * config.scale) for side in image.shape[-2:]]
+        levels, roi_map = self._features(image)
+        logits, offsets, anchors = self._propose(levels)
+        score, best = logits[0].topk(min(config.test_candidates, logits.shape[1]))
+        rois = clip_boxes_to_image(decode(offsets[0, best], anchors[best], RPN_WEIGHTS), shape)
+        large = ((rois[:, 2:] - rois[:, :2]) >= 1).all(dim=1)
+        rois, score = rois[large], score[large]
+        rois = rois[nms(rois, score, config.rpn_nms)[: config.test_proposals]]
+        first = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
+        logit, box_offsets = self.box_head(self._pool(roi_map, first, rois, config.box_pool))
+        scores = logit.float().sigmoid()
+        boxes = clip_boxes_to_image(decode(box_offsets, rois, BOX_WEIGHTS), shape)
+        sure = (scores >= config.score) & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
+        boxes, scores = boxes[sure], scores[sure]
+        keep = nms(boxes, scores, config.nms)[: config.detections]
+        boxes, scores = boxes[keep], scores[keep]
+        masks = self.mask_head(self._pool(roi_map, first[: len(boxes)], boxes, config.mask_pool)).float().sigmoid()
+        return boxes / config.scale, scores, masks
+
+
+def paint(
+    boxes: Float[Tensor, "n 4"],
+    scores: Float[Tensor, "n"],
+    masks: Float[Tensor, "n m m"],
+    shape: tuple[int, int],
+    threshold: float = 0.5,
+    drop_covered: float = 0.7,
+    min_area: int = 15,
+) -> Instances:
+    """Turn detections into one label map: best first, each taking the pixels still free (REFERENCE A33).
+
+    A detection is dropped when more than `drop_covered` of its mask is taken already, or when fewer than `min_area`
+    pixels are left of it. Masks are resampled inside their boxes only, many at a time.
+
+    Parameters
+    ----------
+    boxes
+        In pixels of the image, in falling order of `scores`.
+    scores
+        In [0, 1].
+    masks
+        Probabilities on a grid over each box.
+    shape
+        Of the label map, (H, W).
+    """
+    labels = np.zeros(shape, dtype=np.int32)
+    kept: list[int] = []
+    corners = boxes.floor().long().clamp(min=0)
+    ends = torch.minimum(boxes.ceil().long(), torch.tensor([shape[1], shape[0]] * 2))
+    corner, end = corners[:, :2].numpy(), ends[:, 2:].numpy()
+    windows = _resample(boxes, masks, torch.from_numpy(corner), torch.from_numpy(end), threshold)
+    for number, window in enumerate(windows):
+        (x0, y0), (x1, y1) = corner[number], end[number]
+        if x1 <= x0 or y1 <= y0:
+            continue
+        mask = window[: y1 - y0, : x1 - x0]
+        under = labels[y0:y1, x0:x1]
+        free = mask & (under == 0)
+        area, left = np.count_nonzero(mask), np.count_nonzero(free)
+        if left == 0 or left < min_area or area - left > drop_covered * area:
+            continue
+        kept.append(number)
+        under[free] = len(kept)
+    return Instances(labels, scores.float().numpy()[kept])
+
+
+def _resample(boxes: Tensor, masks: Tensor, corner: Tensor, end: Tensor, threshold: float) -> list[np.ndarray]:
+    """Binary masks on the image's pixels, from each box's corner; boxes of like size are resampled together."""
+    sides = (end - corner).clamp(min=1).amax(dim=1)
+    buckets = torch.ceil(torch.log2(sides.float().clamp(min=16))).long()
+    windows: list[np.ndarray] = [np.zeros((0, 0), dtype=bool)] * len(boxes)
+    for bucket in buckets.unique().tolist():
+        side = 2**bucket
+        group = (buckets == bucket).nonzero()[:, 0]
+        for part in group.split(max(1, 2**24 // side**2)):
+            box, start = boxes[part].to(masks.device), corner[part].to(masks.device)
+            pixel = torch.arange(side, device=masks.device) + 0.5
+            # Position of every pixel centre in its box, from -1 to 1 across the box, as grid_sample counts.
+            position = 2 * (start[:, None] + pixel[:, None] - box[:, None, :2]) / (box[:, 2:] - box[:, :2])[:, None] - 1
+            x, y = position[:, None, :, 0].expand(-1, side, -1), position[:, :, None, 1].expand(-1, -1, side)
+            probability = F.grid_sample(
+                masks[part.to(masks.device), None], torch.stack((x, y), dim=-1), mode="bilinear",
+                padding_mode="border", align_corners=False,
+            )[:, 0]  # fmt: skip
+            inside = (x.abs() <= 1) & (y.abs() <= 1)
+            for number, window in zip(part.tolist(), ((probability > threshold) & inside).cpu().numpy(), strict=True):
+                windows[number] = window
+    return windows
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """Tiles along one side: (start, end, start and end of the part whose nuclei it owns)."""
+    if length <= tile:
+        return [(0, length, 0, length)]
+    count = -(-(length - overlap) // (tile - overlap))
+    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    cuts = [0] + [(a + tile + b) // 2 for a, b in zip(starts, starts[1:], strict=False)] + [length]
+    return [(start, start + tile, low, high) for start, low, high in zip(starts, cuts, cuts[1:], strict=False)]
+
+
+class _ProposalHead(nn.Module):
+    """torchvision's RPNHead: a 3 x 3 convolution, then objectness and box offsets of each anchor."""
+
+    def __init__(self, width: int, anchors: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.score = nn.Conv2d(width, anchors, 1)
+        self.box = nn.Conv2d(width, anchors * 4, 1)
+        for layer in (self.conv, self.score, self.box):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.relu(self.conv(features))
+        score = self.score(hidden).permute(0, 2, 3, 1).flatten(1)
+        return score, self.box(hidden).permute(0, 2, 3, 1).reshape(len(features), -1, 4)
+
+
+class _BoxHead(nn.Module):
+    """torchvision's TwoMLPHead and predictor for one class: (n, c, p, p) to logits (n,) and offsets (n, 4)."""
+
+    def __init__(self, width: int, config: MaskRCNNConfig):
+        super().__init__()
+        widths = (width * config.box_pool**2, *config.box_widths)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.score = nn.Linear(widths[-1], 1)
+        self.box = nn.Linear(widths[-1], 4)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = pooled.flatten(1)
+        for layer in self.layers:
+            hidden = F.relu(layer(hidden))
+        return self.score(hidden)[:, 0], self.box(hidden)
+
+
+class _MaskHead(nn.Sequential):
+    """torchvision's mask head for one class: (n, c, p, p) to logits (n, 2p, 2p)."""
+
+    def __init__(self, width: int, config: MaskRCNNConfig):
+        widths = (width, *config.mask_widths)
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(widths[-1], widths[-1], 2, 2), nn.ReLU(), nn.Conv2d(widths[-1], 1, 1)]
+        super().__init__(*layers)
+        for layer in self:
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        # With a single class, torchvision's initial weights of the last layer would start the mask loss near 15.
+        nn.init.normal_(self[-1].weight, std=0.01)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return super().forward(pooled)[:, 0]
