@@ -44,7 +44,9 @@ def read_masks(path: str | Path) -> np.ndarray:
     with open(path, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
             read_header(file)
             outer = _interpret(file)
             content = outer.state[0][4][0]

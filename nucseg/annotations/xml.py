@@ -14,7 +14,6 @@ import numpy as np
 from nucseg.annotations.polygons import AnnotationError, AnnotationReport, Problem, Region, rasterize
 
 
-
 def read_xml(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
     """Read an Aperio XML file into a label map.
 

@@ -52,7 +52,9 @@ class Patch:
 
     def __post_init__(self):
         if self.row < 0 or self.col < 0 or self.size < 1:
-            raise ValueError(f"Patch: row, col >= 0 and size >= 1, got row={self.row}, col={self.col}, size={self.size}")
+            raise ValueError(
+                f"Patch: row, col >= 0 and size >= 1, got row={self.row}, col={self.col}, size={self.size}"
+            )
 
     @property
     def slices(self) -> tuple[slice, slice]:
@@ -184,7 +186,7 @@ class FileSource:
     def content(self) -> bytes:
         """Digest of the decoded arrays or of the files' bytes."""
         if self.decoded:
-            return _array_digest(self.image(), self.labels())
+            return array_digest(self.image(), self.labels())
         digest = hashlib.sha256()
         for path in (self.image_path, self.label_path):
             if path is not None:
@@ -223,7 +225,7 @@ class ArraySource:
 
     def content(self) -> bytes:
         """Digest of the arrays."""
-        return _array_digest(self.pixels, self.label_map)
+        return array_digest(self.pixels, self.label_map)
 
 
 @dataclass(frozen=True)
@@ -297,9 +299,13 @@ class Sample:
         return _content_digest(self.source)
 
     def _cached_image(self) -> np.ndarray:
+        if isinstance(self.source, ArraySource):  # in memory already
+            return self.source.pixels
         return CACHE.get(("image", self.source), self.source.image)
 
     def _cached_labels(self) -> np.ndarray:
+        if isinstance(self.source, ArraySource):
+            return self.source.label_map
         return CACHE.get(("labels", self.source), self.source.labels)
 
 
@@ -336,7 +342,9 @@ class Dataset:
     note
         What every reader of a result must know, for example that the images are synthetic; or ``""``.
     fingerprint_of
-        ``"decoded pixels"``, ``"file bytes"`` or ``"generator and seeds"``: what `fingerprint` hashes.
+        ``"decoded pixels"``, ``"file bytes"`` or ``"generator code and seeds"``: what `fingerprint` hashes.
+    recognise
+        Gives the text of `version`.
     """
 
     name: str
@@ -453,7 +461,8 @@ def _fingerprint(samples) -> str:
     return digest.hexdigest()[:12]
 
 
-def _array_digest(image: np.ndarray, labels: np.ndarray | None) -> bytes:
+def array_digest(image: np.ndarray, labels: np.ndarray | None) -> bytes:
+    """SHA-256 over shape, image (H, W, 3) uint8 and, if there is one, label map (H, W)."""
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(np.ascontiguousarray(image))
     if labels is not None:

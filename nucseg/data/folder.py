@@ -16,7 +16,9 @@ from nucseg.data.layouts import walk
 
 IMAGE_FOLDERS = ("images", "image", "tissue images", "img")
 LABEL_FOLDERS = ("labels", "label", "masks", "annotations", "label_maps")
-LABEL_FILE = re.compile(r"^(?P<stem>.+?)(?P<kind>_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>png|tiff?|npy|xml|geojson)$")
+LABEL_FILE = re.compile(
+    r"^(?P<stem>.+?)(?P<kind>_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>png|tiff?|npy|xml|geojson)$"
+)
 DEPTH = 3
 PREFERENCE = (".geojson", ".xml", ".npy", ".tif", ".tiff", ".png")  # drawn outlines before rasters, where both exist
 

@@ -18,7 +18,7 @@ HOME = "https://monuseg.grand-challenge.org/Data/"
 # replaced by the organisers in September 2019 under unchanged names (REFERENCE 9)
 REPLACED = ("A7-A13E", "B0-5711", "21-5784", "AY-A8YK", "B0-5698", "B0-5710", "CH-5767")
 SAME = 0.02  # relative difference of counts within which two releases of an image's annotation are taken as one
-HOW_TO_GET = f"""Get "MoNuSeg 2018 Training Data" (30 images with XML, about 80 MB) from {HOME}
+HOW_TO_GET = f"""Get "MoNuSeg 2018 Training Data" (30 images with XML) from {HOME}
 (a form or a drive, so it cannot be fetched for you; `nucseg fetch kumar` lists the steps). Licence: {LICENCE}.
 Unzip it into the data root, so that it holds <root>/kumar/.../Tissue Images/*.tif and .../Annotations/*.xml,
 and name the root with --data-root or NUCSEG_DATA."""

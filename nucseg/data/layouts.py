@@ -59,7 +59,9 @@ def walk(root: Path, depth: int = DEPTH) -> Iterator[tuple[Path, list[str]]]:
     for folder, subfolders, files in os.walk(root):
         here = Path(folder)
         level = len(here.relative_to(root).parts)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX"))) if level < depth else []
+        subfolders[:] = (
+            sorted(name for name in subfolders if not name.startswith((".", "__MACOSX"))) if level < depth else []
+        )
         yield here, sorted(name for name in files if not name.startswith("."))
 
 

@@ -12,7 +12,7 @@ NOTE = (
     "MoNuSeg's training images include all 14 Kumar test images: "
     "never evaluate on Kumar what was trained or tuned on MoNuSeg"
 )
-TEST_HOW_TO_GET = f"""Get "MoNuSegTestData" (14 images with XML, about 40 MB) from {HOME}. Licence: {LICENCE}.
+TEST_HOW_TO_GET = f"""Get "MoNuSegTestData" (14 images with XML) from {HOME}. Licence: {LICENCE}.
 Unzip it into the data root beside the training data; names must keep their TCGA codes (TCGA-2Z-A9J9-...)."""
 
 
