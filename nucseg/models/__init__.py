@@ -1,0 +1,73 @@
+"""Segmenters by name (Table IV); a model's file is imported when it is first built."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nucseg.config import nearest
+from nucseg.models.base import Instances, Segmenter
+
+__all__ = ["REGISTRY", "Entry", "Instances", "Segmenter", "build", "config_class"]
+
+
+class Entry(NamedTuple):
+    """Where a segmenter lives: module, class, and class of its configuration."""
+
+    module: str
+    model: str
+    config: str
+
+
+REGISTRY = {
+    "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig"),
+    "hoverlite": Entry("nucseg.models.hoverlite", "HoverLite", "HoverLiteConfig"),
+    "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig"),
+}
+
+
+def build(
+    name: str,
+    encoder: str | None = None,
+    config: Any = None,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+) -> Segmenter:
+    """Build a segmenter.
+
+    Parameters
+    ----------
+    name
+        A key of `REGISTRY`.
+    encoder
+        Name of a pretrained encoder of `nucseg.encoders`; None = the model's own default.
+    config
+        An instance of ``config_class(name)``; None = its defaults.
+    weights
+        File of the encoder's weights, for those that cannot be downloaded here.
+    pretrained
+        False starts from random weights, for ablations and tests.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, with the nearest known one.
+    """
+    model = getattr(importlib.import_module(_entry(name).module), _entry(name).model)
+    expected = config_class(name)
+    if config is not None and not isinstance(config, expected):
+        raise TypeError(f"config: {name} takes a {expected.__name__}, got {type(config).__name__}")
+    chosen = {} if encoder is None else {"encoder": encoder}
+    return model(**chosen, config=config or expected(), weights=weights, pretrained=pretrained)
+
+
+def config_class(name: str) -> type:
+    """Return the frozen dataclass of a segmenter's settings, for `nucseg.config.from_mapping`."""
+    return getattr(importlib.import_module(_entry(name).module), _entry(name).config)
+
+
+def _entry(name: str) -> Entry:
+    if name not in REGISTRY:
+        raise ValueError(f"unknown segmenter {name!r}: {nearest(name, REGISTRY)}")
+    return REGISTRY[name]
