@@ -1,0 +1,70 @@
+"""Networks that the synthesisers share: SinGAN's generator and critic (Sec. III-B), and the PatchGAN."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nucseg.gan.fast_conv import FastConv2d
+
+
+class ScaleGenerator(nn.Module):
+    """G_n of Eq. 2: `layers` blocks of convolution 3x3, BatchNorm, LeakyReLU; the last one is convolution and Tanh.
+
+    The convolutions are unpadded and the input is padded once, by `layers` pixels of zero: background for the mask
+    (REFERENCE A21), the middle of [-1, 1] for the image. What it returns is added to the image of the scale before.
+    """
+
+    def __init__(self, in_channels: int, channels: int, layers: int):
+        super().__init__()
+        blocks = []
+        for i in range(layers - 1):
+            blocks += [
+                nn.Conv2d(in_channels if i == 0 else channels, channels, 3, bias=False),  # BatchNorm has the bias
+                nn.BatchNorm2d(channels),
+                nn.LeakyReLU(0.2),
+            ]
+        self.body = nn.Sequential(*blocks)
+        self.tail = nn.Conv2d(channels, 3, 3)
+        self.layers = layers
+
+    def forward(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        return torch.tanh(self.tail(self.body(F.pad(inputs, [self.layers] * 4))))
+
+
+class Critic(nn.Module):
+    """D of Eq. 4: the generator's blocks on an image alone, with a linear one-channel map as output (REFERENCE A19).
+
+    Unpadded: the map is 2 * `layers` pixels smaller than the image and stands for its centre. BatchNorm always uses the
+    batch's own statistics, since a critic is never used outside training.
+    """
+
+    def __init__(self, channels: int, layers: int):
+        super().__init__()
+        blocks = []
+        for i in range(layers - 1):
+            blocks += [
+                FastConv2d(3 if i == 0 else channels, channels, 3, bias=False),
+                nn.BatchNorm2d(channels, track_running_stats=False),
+                nn.LeakyReLU(0.2),
+            ]
+        self.net = nn.Sequential(*blocks, FastConv2d(channels, 1, 3))
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h2 w2"]:
+        return self.net(images)
+
+
+def initialise(net: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights as SinGAN and pix2pix do: N(0, 0.02) for convolutions, N(1, 0.02) for normalisations."""
+    for module in net.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | FastConv2d | nn.BatchNorm2d):
+            continue
+        # Drawn on the CPU: one stream of numbers, whatever the device.
+        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+        with torch.no_grad():
+            weight.copy_(mean + 0.02 * torch.randn(weight.shape, generator=generator))
+            if module.bias is not None:
+                module.bias.zero_()

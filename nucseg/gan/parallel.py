@@ -1,0 +1,72 @@
+"""k1 independent trainings side by side on one device: parallel streams, captured once in a CUDA graph.
+
+One GAN of this size leaves an H100 mostly idle, and its step is hundreds of small kernels, so that launching them takes
+longer than running them. Each GAN's step goes to a stream of its own; all of them together are recorded once and
+replayed as one graph. On the CPU the steps simply run one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+class ParallelStep:
+    """Call it to run every given step once.
+
+    The steps must be independent of each other, read and write the same tensors on every call (refill them in place
+    between calls), and never wait for the device.
+
+    Parameters
+    ----------
+    steps
+        One callable for each training.
+    device
+        Where their tensors are.
+    graph
+        Record the steps in a CUDA graph; ignored on the CPU. False runs them eagerly, one after the other: slower,
+        easier to debug.
+    warmup
+        Calls that run eagerly before the recording. They are ordinary calls and count as such; the recording needs
+        them because optimisers and libraries allocate on first use.
+    """
+
+    def __init__(self, steps: Sequence[Callable[[], None]], device: torch.device, graph: bool = True, warmup: int = 3):
+        self.steps = list(steps)
+        self.device = device
+        self.graph_wanted = graph and device.type == "cuda"
+        self.warmup = warmup
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.streams = [torch.cuda.Stream(device) for _ in self.steps] if self.graph_wanted else []
+
+    def __call__(self) -> None:
+        if not self.graph_wanted:
+            for step in self.steps:
+                step()
+            return
+        if self.graph is None and self.warmup > 0:
+            self.warmup -= 1
+            # A recording may not start on a stream that has run outside it without a wait: warm up on another one.
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                self._fork_and_join()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records; nothing runs here
+                self._fork_and_join()
+        self.graph.replay()
+
+    def _fork_and_join(self) -> None:
+        # Between fork and join nothing is allocated on the main stream, and a stream's tensors are used by that stream
+        # only: the caching allocator, which knows one stream for each block, cannot hand a block out too early.
+        main = torch.cuda.current_stream(self.device)
+        for stream, step in zip(self.streams, self.steps, strict=True):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                step()
+        for stream in self.streams:
+            main.wait_stream(stream)
