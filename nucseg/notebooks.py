@@ -55,9 +55,7 @@ def parameters_of(path: Path) -> dict[str, Any]:
         If there is not exactly one such cell, or it holds anything but ``name = literal``: a value computed from
         another one would keep its old value when that one is replaced.
     """
-    cells = [
-        cell for cell in json.loads(path.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])
-    ]
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise ParameterError(f"{path.name}: expected one cell tagged 'parameters', found {len(cells)}")
     values: dict[str, Any] = {}
@@ -240,8 +238,10 @@ def reproduce(
         for number, path in enumerate(paths, 1):
             weight = weights.get(path.stem, 1.0)
 
-            def show(done: float, text: str, label=f"{number}/{len(paths)} {path.stem}", start=before, w=weight):
-                bar.n = max(bar.n, start + w * done)
+            label = f"{number}/{len(paths)} {path.stem}"
+
+            def show(done: float, text: str, label: str = label, start: float = before, weight: float = weight) -> None:
+                bar.n = max(bar.n, start + weight * done)
                 bar.set_description_str(f"{label}: {text}")
 
             show(0.0, "starting the kernel")

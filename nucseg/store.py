@@ -39,6 +39,11 @@ def home() -> Path:
     return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
 
 
+def published(kind: str, profile: str, dataset: str = "") -> Path:
+    """Return the folder of the ``"tables"`` or ``"figures"`` of a profile, or of one dataset in it."""
+    return home() / kind / profile / (Path(dataset).name if dataset else "")
+
+
 @dataclass(frozen=True)
 class Result:
     """One stage's finished result.
@@ -97,7 +102,7 @@ class Store:
         if found := self._read(place):
             return found
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(place.parent / f".{key}.lock"):
+        with locked(place.parent / f".{key}.lock"):
             if found := self._read(place):  # another process made it while this one waited
                 return found
             for left_over in place.parent.glob(f".{key}.*.part"):  # of a killed run: we hold the lock
@@ -135,8 +140,9 @@ class Store:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # The kernel drops the lock when its holder dies, so a killed run never blocks the next one.
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; its holder's death drops it, so a killed run never blocks the next one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

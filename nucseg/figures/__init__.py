@@ -1,1 +1,5 @@
 """Figures 3 to 7, one file each room: `selection` (3, 6), `masks` (4), `csingan` (5), `segmentation` (7)."""
+
+from nucseg.figures.style import save, sign
+
+__all__ = ["save", "sign"]

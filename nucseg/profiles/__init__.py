@@ -1,0 +1,159 @@
+"""Profiles: every size and schedule of a run, in one YAML file; nothing numeric hides in code.
+
+`sample` is the built-in tissue on a CPU in minutes, `h100` the real sets on one GPU, `paper` the paper's own schedules.
+A profile names only what differs from the defaults of the stages, and those are the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nucseg import gan, models
+from nucseg.augment import AugmentConfig
+from nucseg.config import ConfigError, from_mapping, nearest
+from nucseg.experiments import Experiment, GridSettings
+from nucseg.masks import MaskConfig
+from nucseg.pseudo import PseudoConfig
+from nucseg.selection import SelectionConfig
+from nucseg.training import TrainingConfig
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How often each kind of pair is drawn in training.
+
+    Attributes
+    ----------
+    real, synthetic, pseudo
+        Relative shares of the kinds that an arm has. All 0: every pair is drawn equally often, as in the paper, where
+        nine real pairs meet 450 synthetic ones.
+    """
+
+    real: float = 0.0
+    synthetic: float = 0.0
+    pseudo: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares = (self.real, self.synthetic, self.pseudo)
+        if min(shares) < 0 or (any(shares) and not all(shares)):
+            raise ValueError(f"shares must be all 0 or all above 0, got {shares}")
+
+    def weights(self, counts: Mapping[str, int]) -> list[float] | None:
+        """Return each pair's probability, up to a factor, for groups of so many pairs; None for all equal."""
+        if not self.real:
+            return None
+        return [getattr(self, kind) / count for kind, count in counts.items() for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One complete set of settings.
+
+    Attributes
+    ----------
+    name, description
+        As tables print them.
+    dataset
+        The dataset where none is named.
+    encoder
+        f(.) of Sec. III-A.
+    segmenter_encoder
+        The pretrained encoder that every segmenter starts from.
+    grid
+        Which rows of which table run, with which K1, K2, rounds and seeds.
+    mask_count
+        Synthetic masks per annotated patch (50 in the paper).
+    minutes
+        Expected minutes of each notebook: only the length of its part of the progress bar.
+    synthesisers, segmenters, training
+        Settings by name; a name that is left out has the defaults of its module.
+    """
+
+    name: str
+    description: str
+    dataset: str
+    encoder: str
+    segmenter_encoder: str
+    grid: GridSettings
+    mask_count: int = 50
+    mix: Mix = field(default_factory=Mix)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    pseudo: PseudoConfig = field(default_factory=PseudoConfig)
+    synthesisers: dict[str, Any] = field(default_factory=dict)
+    segmenters: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, TrainingConfig] = field(default_factory=dict)
+    minutes: dict[str, float] = field(default_factory=dict)
+
+    def synthesiser(self, name: str) -> Any:
+        """Return the configuration of a synthesiser."""
+        return self.synthesisers.get(name) or self._shared(name) or gan.config_class(name)()
+
+    def _shared(self, name: str) -> Any:
+        # CSinGAN with and without the component-wise critics differ in nothing else.
+        return self.synthesisers.get("csingan") if name == "csingan-no-cwd" else None
+
+    def segmenter(self, name: str) -> Any:
+        """Return the configuration of a segmenter."""
+        return self.segmenters.get(name) or models.config_class(name)()
+
+    def training_of(self, name: str) -> TrainingConfig:
+        """Return the schedule of a segmenter."""
+        return self.training.get(name) or TrainingConfig()
+
+    def ours(self, dataset: str) -> Experiment:
+        """Return the paper's full framework with Mask R-CNN: CPS, CSinGAN, pseudo-labelling."""
+        return Experiment(
+            dataset=dataset,
+            selection="cps",
+            k1=self.grid.k1_of(dataset),
+            k2=self.grid.k2,
+            augmentation="csingan",
+            segmenter="maskrcnn",
+            rounds=self.grid.rounds,
+            seed=self.grid.seeds[0],
+        )
+
+
+def names() -> list[str]:
+    """Return the names of the profiles that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Read a profile by its name or the path of its YAML file.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown profile, or a setting with an unknown name or a value of the wrong type or range; the message
+        names the nearest valid one.
+    """
+    path = FOLDER / f"{name}.yaml" if str(name) in names() else Path(name)
+    if path.suffix not in {".yaml", ".yml"} or not path.is_file():
+        raise ConfigError(f"no profile {str(name)!r}; {nearest(str(name), names())} (or give the path of a YAML file)")
+    values = yaml.safe_load(path.read_text())
+    where = f"profile {path.stem}"
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected settings by name in {path}")
+    profile = from_mapping(Profile, {"name": path.stem, **values}, where)
+    return replace(
+        profile,
+        synthesisers=_by_name(profile.synthesisers, gan.REGISTRY, gan.config_class, f"{where}.synthesisers"),
+        segmenters=_by_name(profile.segmenters, models.REGISTRY, models.config_class, f"{where}.segmenters"),
+    )
+
+
+def _by_name(values: dict[str, Any], registry: Mapping[str, Any], config_class: Any, where: str) -> dict[str, Any]:
+    for name in values:
+        if name not in registry:
+            raise ConfigError(f"{where}: unknown name {name!r}; {nearest(name, registry)}")
+    return {name: from_mapping(config_class(name), value, f"{where}.{name}") for name, value in values.items()}

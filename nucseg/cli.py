@@ -1,0 +1,267 @@
+"""The ``nucseg`` command: rerun the paper, or find out which patches of your own images to outline."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nucseg.config import ConfigError
+
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ProfileOption = Annotated[str, typer.Option(help="sample, h100, paper, or the path of a YAML file.")]
+DatasetOption = Annotated[str, typer.Option(help="tissue, kumar, tnbc, monuseg or a folder; empty: the profile's own.")]
+RootOption = Annotated[str, typer.Option(help="Where the data lie; empty: the environment variable NUCSEG_DATA.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where there is one.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
+TableOption = Annotated[list[str] | None, typer.Option("--table", "-t", help="I to VI, or 1 to 6; may be repeated.")]
+
+
+# -- the paper -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def reproduce(
+    profile: ProfileOption = "sample",
+    dataset: DatasetOption = "",
+    data_root: RootOption = "",
+    first: Annotated[str, typer.Option("--from", help="Start at this notebook, for example 03.")] = "01",
+) -> None:
+    """Run the five notebooks by papermill: selection, masks, CSinGAN, segmentation, tables and figures."""
+    from nucseg import notebooks
+    from nucseg.profiles import load_profile
+    from nucseg.store import home, published
+
+    settings = load_profile(profile)
+    data = dataset or settings.dataset
+    start = notebooks.find(first).stem
+    root = str(Path(data_root).expanduser().resolve()) if data_root else ""
+    _require_data(data, root)
+    folder = home() / "runs" / settings.name / "notebooks" / Path(data).name
+    options = {"--profile": profile, "--dataset": dataset, "--data-root": root}
+    resume = " ".join(["nucseg reproduce", *(f"{name} {value}" for name, value in options.items() if value)])
+    pages = notebooks.reproduce(
+        {"profile": profile, "dataset": dataset, "data_root": root},
+        folder,
+        settings.minutes,
+        [name for name in notebooks.NOTEBOOKS if name >= start],
+        resume,
+    )
+    typer.echo(f"Executed notebooks: {folder}")
+    typer.echo(f"Tables and figures: {published('tables', settings.name, Path(data).name)}")
+    typer.echo(f"                    {published('figures', settings.name, Path(data).name)}")
+    typer.echo(f"Start here: {pages[-1]}")
+
+
+@app.command()
+def run(
+    profile: ProfileOption = "h100",
+    dataset: DatasetOption = "",
+    data_root: RootOption = "",
+    table: TableOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be run.")] = False,
+    jobs: Annotated[int, typer.Option(help="Experiments at a time.")] = 1,
+    minutes: Annotated[
+        float, typer.Option(help="Start no further experiment after so many minutes; 0: no limit.")
+    ] = 0.0,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed experiments once more.")] = False,
+    device: DeviceOption = "",
+) -> None:
+    """Run the experiments of tables that have no result yet, and add theirs to results.csv."""
+    from nucseg import runs
+
+    plan = runs.Plan(profile, dataset, data_root, _tables(table), device)
+    if dry_run:
+        typer.echo(plan.describe())
+        return
+    failed = plan.run(jobs, minutes, retry)
+    typer.echo(plan.describe())
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    profile: ProfileOption = "sample",
+    dataset: DatasetOption = "",
+    data_root: RootOption = "",
+    table: TableOption = None,
+) -> None:
+    """Show which experiments are done, failed or missing, and the minutes spent."""
+    from nucseg import runs
+
+    typer.echo(runs.Plan(profile, dataset, data_root, _tables(table)).describe())
+
+
+@app.command()
+def tables(profile: ProfileOption = "sample", dataset: DatasetOption = "") -> None:
+    """Make Tables I to VI from results.csv alone, as CSV, Markdown, LaTeX and HTML."""
+    from nucseg.profiles import load_profile
+    from nucseg.tables import write_all
+
+    settings = load_profile(profile)
+    for path in write_all(settings.name, dataset or settings.dataset, settings.grid):
+        typer.echo(path)
+
+
+# -- your own slides -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def select(
+    images: Annotated[Path, typer.Argument(help="A folder of images; no labels needed.")],
+    out: OutOption,
+    k1: Annotated[int, typer.Option("--k1", "-k", help="How many patches to outline.")] = 9,
+    strategy: Annotated[str, typer.Option(help="cps, cps-standardised, kmeans, typiclust, random-crop, ...")] = "cps",
+    size: Annotated[int, typer.Option(help="Side of a patch in pixels; 0: the profile's.")] = 0,
+    step: Annotated[int, typer.Option(help="Sliding step in pixels; 0: a quarter of the side.")] = 0,
+    encoder: Annotated[str, typer.Option(help="Pretrained encoder; empty: the profile's.")] = "",
+    profile: ProfileOption = "sample",
+    seed: SeedOption = 0,
+    device: DeviceOption = "",
+) -> None:
+    """Choose the few patches of your images that are worth outlining, as PNG and QuPath rectangles."""
+    from dataclasses import replace
+
+    from nucseg import workflow
+    from nucseg.profiles import load_profile
+
+    settings = load_profile(profile)
+    size = size or settings.selection.size
+    config = replace(settings.selection, size=size, step=step or max(1, size // 4))
+    settings = replace(settings, selection=config, encoder=encoder or settings.encoder)
+    selection = workflow.select_patches(images, out, k1, strategy, settings, seed, device)
+    for rank, patch in enumerate(selection.patches, 1):
+        typer.echo(f"{rank:3d}  {patch.image_id}  row {patch.row}  column {patch.col}  {patch.size} px")
+    typer.echo(
+        f"{100 * selection.label_share:.2f} % of all pixels. Outline the nuclei in these patches: {out / 'geojson'}"
+    )
+    typer.echo(f"Then: nucseg import-annotations {out} FOLDER_OF_OUTLINES --out DATASET")
+
+
+@app.command("import-annotations")
+def import_annotations(
+    selection: Annotated[Path, typer.Argument(help="The folder that 'nucseg select' wrote.")],
+    outlines: Annotated[Path, typer.Argument(help="A folder with one .geojson, .xml or label map per image.")],
+    out: OutOption,
+) -> None:
+    """Bring the outlines back: cut the chosen patches out as a training set."""
+    from nucseg import workflow
+
+    table = workflow.import_annotations(selection, outlines, out)
+    typer.echo(table[["rank", "file", "nuclei"]].to_string(index=False))
+    typer.echo(f"{table['nuclei'].sum()} nuclei. Then: nucseg train {out} --out MODEL")
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="A folder of images/ with labels/.")],
+    out: OutOption,
+    segmenter: Annotated[str, typer.Option(help="hoverlite, maskrcnn or hovernet.")] = "hoverlite",
+    profile: ProfileOption = "sample",
+    seed: SeedOption = 0,
+    device: DeviceOption = "",
+) -> None:
+    """Train a segmenter on outlined patches."""
+    from nucseg import workflow
+    from nucseg.profiles import load_profile
+
+    result = workflow.train_folder(dataset, out, segmenter, load_profile(profile), seed, device)
+    typer.echo(
+        f"{result.seconds:.0f} s, last loss {result.curve[-1]['total']:.3f}. Then: nucseg predict {out} IMAGES --out DIR"
+    )
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="The folder that 'nucseg train' wrote.")],
+    images: Annotated[Path, typer.Argument(help="A folder of images.")],
+    out: OutOption,
+    device: DeviceOption = "",
+) -> None:
+    """Segment images: a label map and a QuPath GeoJSON each."""
+    from nucseg import workflow
+
+    typer.echo(workflow.predict_folder(model, images, out, device).to_string(index=False))
+    typer.echo(f"Label maps: {out / 'labels'}   outlines for QuPath: {out / 'geojson'}")
+
+
+@app.command()
+def evaluate(
+    truth: Annotated[Path, typer.Argument(help="A folder of true label maps.")],
+    predicted: Annotated[Path, typer.Argument(help="A folder of predicted ones, by the same names.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = None,
+) -> None:
+    """Print AJI, AJI+, Dice, PQ and F1 per image and their mean."""
+    from nucseg import workflow
+
+    table = workflow.evaluate_folders(truth, predicted)
+    typer.echo(table.round(4).to_string(index=False))
+    if out:
+        table.to_csv(out, index=False)
+
+
+@app.command()
+def fetch(
+    dataset: Annotated[str, typer.Argument(help="tnbc, kumar or monuseg.")],
+    data_root: Annotated[Path, typer.Option(help="Folder to put it in.")] = Path("data"),
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the licence without being asked.")] = False,
+) -> None:
+    """Download a public dataset, or say step by step how to get it."""
+    from nucseg.data.fetch import fetch_dataset
+
+    def ask(licence: str) -> bool:
+        typer.echo(licence)
+        return yes or typer.confirm("Do you accept this licence?")
+
+    typer.echo(fetch_dataset(dataset, data_root, accept_licence=ask))
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------
+
+ROMAN = ("I", "II", "III", "IV", "V", "VI")
+
+
+def _tables(names: list[str] | None) -> tuple[str, ...]:
+    """Turn 1 or i into I, and nothing into all."""
+    chosen = []
+    for name in names or ROMAN:
+        roman = ROMAN[int(name) - 1] if name in {"1", "2", "3", "4", "5", "6"} else name.upper()
+        if roman not in ROMAN:
+            raise ConfigError(f"no table {name!r}; the paper has I to VI")
+        chosen.append(roman)
+    return tuple(dict.fromkeys(chosen))
+
+
+def _require_data(dataset: str, root: str) -> None:
+    """Say that data are missing before the first kernel starts."""
+    from nucseg.data import load_dataset
+
+    load_dataset(dataset, root or None)
+
+
+def main() -> None:
+    """Run the command; an expected error is one message, anything else a traceback."""
+    from nucseg.data import DataError
+    from nucseg.encoders import EncoderError
+    from nucseg.notebooks import NotebookFailed, ParameterError
+    from nucseg.workflow import WorkflowError
+
+    expected = (ConfigError, DataError, EncoderError, NotebookFailed, ParameterError, WorkflowError, FileNotFoundError)
+    try:
+        app()
+    except expected as error:
+        sys.exit(f"nucseg: {error}")
+
+
+if __name__ == "__main__":
+    main()
