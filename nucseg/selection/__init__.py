@@ -1,11 +1,12 @@
 """Which patches to annotate: consistency-based patch selection (Sec. III-A) and what it is compared with."""
 
-from .config import SelectionConfig
-from .content import nuclear_content
-from .coverage import coverage, coverage_table, redundancy
-from .cps import CPS, cps
-from .features import PatchFeatures, extract
-from .strategies import CPS_TERMS, STRATEGIES, Selection, label_share, select
+from nucseg.selection.config import SelectionConfig
+from nucseg.selection.content import nuclear_content
+from nucseg.selection.coverage import coverage, coverage_table, redundancy
+from nucseg.selection.cps import CPS, cps
+from nucseg.selection.features import PatchFeatures, extract
+from nucseg.selection.selection import STRATEGIES, Selection, label_share, select
+from nucseg.selection.strategies import CPS_TERMS
 
 __all__ = [
     "CPS",

@@ -10,10 +10,11 @@ import torch
 from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.preprocessing import normalize
 
-from .config import SelectionConfig
-from .cps import cluster
-from .features import PatchFeatures
-from .strategies import CPS_TERMS, STRATEGIES, Request
+from nucseg.selection.config import SelectionConfig
+from nucseg.selection.cps import cluster
+from nucseg.selection.features import PatchFeatures
+from nucseg.selection.selection import STRATEGIES
+from nucseg.selection.strategies import CPS_TERMS, Request
 
 
 def coverage(features: np.ndarray, picks: Collection[int]) -> float:

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import SelectionConfig
-from .kmeans import kmeans
+from nucseg.selection.config import SelectionConfig
+from nucseg.selection.kmeans import kmeans
 
 Conflicts = Callable[[np.ndarray, list[int]], np.ndarray]
 CHUNK = 2048  # patches whose distances are computed at once: bounds the memory of the differences

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import SelectionConfig
+from nucseg.selection.config import SelectionConfig
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,200 @@
+"""From images to the patches that a pathologist is asked to annotate, behind one function for every strategy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nucseg.config import nearest, to_plain
+from nucseg.data import Patch
+from nucseg.encoders import Encoder
+from nucseg.selection.config import SelectionConfig
+from nucseg.selection.content import nuclear_content
+from nucseg.selection.features import PatchFeatures, check_image, default_device, extract, grid
+from nucseg.selection.others import k_center, probcover, standardised, typiclust
+from nucseg.selection.strategies import CPS_TERMS, Picks, Request, centre_crops, centre_rows, consistency, random_crops
+
+# Each takes a pool and a request and returns picks.
+STRATEGIES: dict[str, Callable[[PatchFeatures, Request], Picks]] = {
+    **{name: consistency(which) for name, which in CPS_TERMS.items()},
+    "random-crop": random_crops,
+    "random-centre-crop": centre_rows,
+    "typiclust": typiclust,
+    "probcover": probcover,
+    "k-center": k_center,
+    "cps-standardised": standardised,
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The patches to annotate, and how they were found.
+
+    Attributes
+    ----------
+    strategy
+        Its name.
+    patches
+        k1 places, in the order of their coarse clusters (or as drawn).
+    clusters
+        Coarse cluster of each patch, or None where the strategy has none.
+    terms
+        (d1, d2, d3) of Eq. 1 of each patch, or None.
+    label_share
+        Pixels in the union of the patches over pixels in all images (A5).
+    switches
+        Every setting in force, by name, as plain values.
+    notes
+        What a reader should know: waived rules, picks that the released code would have made otherwise.
+    """
+
+    strategy: str
+    patches: tuple[Patch, ...]
+    clusters: tuple[int, ...] | None
+    terms: tuple[tuple[float, float, float], ...] | None
+    label_share: float
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Selection:
+        """Undo `to_dict`."""
+        return cls(
+            strategy=values["strategy"],
+            patches=tuple(Patch(**patch) for patch in values["patches"]),
+            clusters=None if values["clusters"] is None else tuple(values["clusters"]),
+            terms=None if values["terms"] is None else tuple(tuple(t) for t in values["terms"]),
+            label_share=values["label_share"],
+            switches=dict(values["switches"]),
+            notes=tuple(values["notes"]),
+        )
+
+
+def select(
+    samples: Sequence[Any],
+    strategy: str,
+    k1: int,
+    k2: int = 4,
+    size: int | None = None,
+    step: int | None = None,
+    encoder: str | nn.Module = "resnet50",
+    seed: int = 0,
+    config: SelectionConfig | None = None,
+    features: PatchFeatures | None = None,
+    device: str | torch.device | None = None,
+) -> Selection:
+    """Choose `k1` patches to annotate.
+
+    Parameters
+    ----------
+    samples
+        Training images: objects with ``.id`` (unique) and ``.image`` (H, W, 3) uint8. Labels are never read.
+    strategy
+        One of `STRATEGIES`.
+    k1, k2
+        Patches to choose, and fine clusters per coarse cluster (CPS only).
+    size, step
+        Override `config.size` (256) and `config.step` (15).
+    encoder
+        Name for `nucseg.encoders.Encoder`, or a module; not used when `features` are given or not needed.
+    seed
+        Seeds the random strategies and the k-means (`SelectionConfig.seeds`).
+    config
+        All other settings.
+    features
+        The pool of these samples from `extract`, so that strategies and seeds share it; it must fit size and step.
+    device
+        For features and clustering; None: CUDA where there is one.
+
+    Raises
+    ------
+    ValueError
+        For an unknown strategy, repeated ids, k1 larger than the pool (or, for ``random-centre-crop``, than the number
+        of images), an image smaller than a patch, or features of another pool.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; {nearest(strategy, STRATEGIES)}")
+    config = config or SelectionConfig()
+    config = dataclasses.replace(config, size=size or config.size, step=step or config.step)
+    device = default_device(device)
+    ids = [str(sample.id) for sample in samples]
+    if len(set(ids)) != len(ids):
+        raise ValueError("the ids of the images are not unique")
+    shapes = {i: _shape(sample) for i, sample in zip(ids, samples, strict=True)}
+    grids = {i: grid(i, *shapes[i], config) for i in ids}
+    pool_ids = np.repeat(ids, [len(grids[i][0]) for i in ids])
+    pool_rows, pool_cols = (np.concatenate([grids[i][axis] for i in ids]) for axis in (0, 1))
+    if k1 < 1 or k1 > len(pool_ids):
+        raise ValueError(f"k1 must lie in 1..{len(pool_ids)} (the number of patches in the pool), got {k1}")
+
+    switches = {**to_plain(config), "k1": k1, "k2": k2, "seed": seed}
+    if strategy == "random-centre-crop":
+        patches, picks = centre_crops(shapes, k1, seed, config), Picks(np.arange(0))
+    else:
+        if strategy == "random-crop":
+            pool = PatchFeatures(pool_ids, pool_rows, pool_cols, config.size, *_no_features(len(pool_ids)))
+        else:
+            if features is None:
+                net = Encoder(encoder, normalise=config.normalise) if isinstance(encoder, str) else encoder
+                features = extract(samples, net, config, device)
+            same = all(
+                np.array_equal(a, b)
+                for a, b in zip(
+                    (features.image_ids, features.rows, features.cols), (pool_ids, pool_rows, pool_cols), strict=True
+                )
+            )
+            if not same or features.size != config.size:
+                raise ValueError(
+                    f"features: made from another pool ({len(features)} patches of {features.size}) than these images "
+                    f"with size {config.size} and step {config.step} give ({len(pool_ids)}); extract them again"
+                )
+            pool = features
+            switches["encoder"] = encoder if isinstance(encoder, str) else getattr(encoder, "name", "own module")
+        content = None
+        if strategy == "cps-standardised":
+            content = nuclear_content((s.image for s in samples), grids.values(), config.size)
+        picks = STRATEGIES[strategy](pool, Request(k1, k2, seed, config, device, content))
+        patches = tuple(
+            Patch(str(pool.image_ids[i]), int(pool.rows[i]), int(pool.cols[i]), pool.size) for i in picks.rows
+        )
+    return Selection(
+        strategy,
+        patches,
+        None if picks.clusters is None else tuple(int(c) for c in picks.clusters),
+        None if picks.terms is None else tuple(tuple(float(v) for v in row) for row in picks.terms),
+        label_share(patches, shapes),
+        switches,
+        picks.notes,
+    )
+
+
+def label_share(patches: Sequence[Patch], shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Pixels in the union of the patches over the pixels of all images (A5); `shapes` by image id."""
+    covered = 0
+    for image_id in {patch.image_id for patch in patches}:
+        mask = np.zeros(shapes[image_id], dtype=bool)
+        for patch in patches:
+            if patch.image_id == image_id:
+                mask[patch.row : patch.row + patch.size, patch.col : patch.col + patch.size] = True
+        covered += int(mask.sum())
+    return covered / sum(height * width for height, width in shapes.values())
+
+
+def _shape(sample: Any) -> tuple[int, int]:
+    """(H, W) of an image, without decoding it where the sample knows."""
+    shape = getattr(sample, "shape", None)
+    return tuple(int(n) for n in (shape or check_image(sample.image, sample.id).shape)[:2])
+
+
+def _no_features(n: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((n, 0), np.float32), np.zeros((n, 4, 0), np.float32)
