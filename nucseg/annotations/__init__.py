@@ -1,5 +1,6 @@
 """Annotations as people have them: MoNuSeg/Aperio XML, QuPath GeoJSON, label images; read and written as label maps."""
 
+from nucseg.annotations.geojson import read_geojson, read_geojson_patches, read_geojson_report, write_geojson
 from nucseg.annotations.label_images import LabelWarning, read_labels
 from nucseg.annotations.polygons import AnnotationError, AnnotationReport, AnnotationWarning
 from nucseg.annotations.xml import read_xml, read_xml_report
@@ -9,7 +10,11 @@ __all__ = [
     "AnnotationReport",
     "AnnotationWarning",
     "LabelWarning",
+    "read_geojson",
+    "read_geojson_patches",
+    "read_geojson_report",
     "read_labels",
     "read_xml",
     "read_xml_report",
+    "write_geojson",
 ]
