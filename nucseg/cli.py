@@ -176,9 +176,8 @@ def train(
     from nucseg.profiles import load_profile
 
     result = workflow.train_folder(dataset, out, segmenter, load_profile(profile), seed, device)
-    typer.echo(
-        f"{result.seconds:.0f} s, last loss {result.curve[-1]['total']:.3f}. Then: nucseg predict {out} IMAGES --out DIR"
-    )
+    typer.echo(f"{result.seconds:.0f} s, last loss {result.curve[-1]['total']:.3f}")
+    typer.echo(f"Then: nucseg predict {out} IMAGES --out DIR")
 
 
 @app.command()

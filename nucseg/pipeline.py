@@ -126,7 +126,7 @@ class Pipeline:
     def masks(self, experiment: Experiment) -> tuple[np.ndarray, Result]:
         """Return synthetic label maps, (k1, count, size, size) int32, from the annotated patches (Sec. III-B)."""
         selection, chosen = self.selection(experiment)
-        size, config = self.profile.selection.size, self.profile.masks
+        size, count, config = self.profile.selection.size, self.profile.mask_count, self.profile.masks
 
         def make(folder: Path) -> None:
             pairs = self.annotate(selection.patches)
@@ -135,13 +135,13 @@ class Pipeline:
                 for i, (_, labels) in enumerate(pairs):
                     if labels.any():
                         seed = int(np.random.SeedSequence([experiment.seed, i]).generate_state(1)[0])
-                        masks.append(synthesize_masks(labels, config.count, size, seed, config))
+                        masks.append(synthesize_masks(labels, count, size, seed, config))
                     else:  # a patch without a nucleus has nothing to place: its masks are as empty as itself
-                        masks.append(np.zeros((config.count, size, size), np.int32))
+                        masks.append(np.zeros((count, size, size), np.int32))
                     progress.update(i + 1)
             np.savez_compressed(folder / "masks.npz", masks=np.stack(masks).astype(np.uint16))
 
-        result = self.store.get("masks", (config, size, experiment.seed), make, [chosen.key], ["nucseg.masks"])
+        result = self.store.get("masks", (config, size, count, experiment.seed), make, [chosen.key], ["nucseg.masks"])
         with np.load(result.path / "masks.npz", allow_pickle=False) as arrays:
             return arrays["masks"].astype(np.int32), result
 
@@ -205,24 +205,25 @@ class Pipeline:
             torch.manual_seed(experiment.seed)  # the initial weights of the heads
             model = self.build(experiment).to(self.device)
             pairs = [pair for group in groups.values() for pair in group]
-            with task(f"training {name}" + (f", round {round}" if round else "")) as progress:
+            title = f"training {name}" + (f", round {round}" if round else "")
+            with task(title, training.iterations) as progress:
                 result = train(
                     model,
                     pairs,
                     training,
                     seed=experiment.seed,
                     augment=augment,
-                    weights=self.profile.mix.weights({kind: len(group) for kind, group in groups.items()}),
+                    validate=self._validate if self.dataset.val else None,
                     device=self.device,
-                    progress=progress,
+                    progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.2f}"),
+                    pair_weights=self.profile.mix.weights({kind: len(group) for kind, group in groups.items()}),
                 )
             save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
             (folder / "curve.json").write_text(json.dumps(result.curve))
-            scores = [metrics.aji(s.labels, model.predict(s.image)) for s in self.dataset.val]
             return {
-                "validation_aji": float(np.mean(scores)) if scores else None,
+                "validation_aji": result.curve[-1].get("val"),
                 "pairs": {kind: len(group) for kind, group in groups.items()},
-                "peak_gpu_mb": _peak_gpu_mb(self.device),
+                "peak_gpu_mb": round(result.peak_memory / 2**20, 1) or None,
             }
 
         config = {
@@ -232,6 +233,9 @@ class Pipeline:
             "device": self.device.type,
         }
         return self.store.get("model", config, make, inputs, MODEL_CODE)
+
+    def _validate(self, model: Segmenter) -> float:
+        return float(np.mean([metrics.aji(sample.labels, model.predict(sample.image)) for sample in self.dataset.val]))
 
     def load_model(self, experiment: Experiment, round: int = 0) -> tuple[Segmenter, Result]:
         """Return the trained segmenter of an experiment, training it first where that has not been done."""
@@ -356,10 +360,11 @@ class Pipeline:
             )
         return pd.DataFrame(lines)
 
+    def signature(self) -> str:
+        """Return the line under every figure: profile, dataset, and that a tissue is synthetic."""
+        parts = [f"profile {self.profile.name}", f"dataset {self.dataset.name} {self.dataset.fingerprint[:8]}"]
+        return "  ·  ".join(parts + [self.dataset.note] * bool(self.dataset.note))
+
     def experiment(self, **changes) -> Experiment:
         """Return the profile's own experiment on this dataset ("Ours"), with changes by name."""
         return replace(self.profile.ours(self.dataset.name), **changes)
-
-
-def _peak_gpu_mb(device: torch.device) -> float | None:
-    return round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else None

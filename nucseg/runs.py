@@ -120,8 +120,8 @@ class Plan:
         if runs_file.is_file():
             spent = read_runs(runs_file)["seconds"].sum() / 60
         lines.append(
-            f"{self.pipeline.profile.name}, {self.pipeline.dataset.name}: {count['done']} done, {count['failed']} failed, "
-            f"{count['missing']} missing; {spent:.1f} minutes spent in this profile"
+            f"{self.pipeline.profile.name}, {self.pipeline.dataset.name}: {count['done']} done, "
+            f"{count['failed']} failed, {count['missing']} missing; {spent:.1f} minutes spent in this profile"
         )
         lines += [f"  why it failed: {self._failure(e)}" for e, state in states.items() if state == "failed"]
         return "\n".join(lines)
@@ -152,7 +152,7 @@ def _in_process(arguments: tuple[str, str, str, str], experiment: Experiment, st
 
 
 def add_results(frame: pd.DataFrame, runs: pd.DataFrame) -> None:
-    """Add an experiment's rows to its profile's results.csv and runs.csv, in place of older ones of the same experiment."""
+    """Add an experiment's rows to its profile's results.csv and runs.csv, in place of its older ones."""
     folder = published("tables", frame["profile"].iloc[0])
     frame = check_results(frame[list(RESULT_COLUMNS)])
     with locked(folder / ".results.lock"):
