@@ -73,7 +73,8 @@ def probcover(pool: PatchFeatures, request: Request) -> Picks:
     products = np.clip(2 - 2 * (x @ x.T), 0, None)
     distances = np.sqrt(products, out=products)
     enemy = np.where(labels[:, None] != labels, distances, np.inf).min(1)  # a ball is pure up to its nearest enemy
-    delta = np.quantile(enemy, 1 - request.config.ball_purity) if np.isfinite(enemy).all() else np.inf
+    # The lower of the two neighbours, so that the purity is reached; one label alone leaves every ball pure.
+    delta = np.quantile(enemy, 1 - request.config.ball_purity, method="lower") if np.isfinite(enemy).all() else np.inf
     inside = distances < delta
     np.fill_diagonal(inside, True)
     rows, open_ = [], np.ones(len(part), dtype=bool)
@@ -82,7 +83,7 @@ def probcover(pool: PatchFeatures, request: Request) -> Picks:
         gain[rows] = -1
         rows.append(int(gain.argmax()))
         open_ &= ~inside[rows[-1]]
-    return Picks(part[rows], notes=(f"delta = {delta:.4f}, {1 - open_.mean():.1%} of the graph covered",))
+    return Picks(part[rows], notes=(f"delta = {delta:.6f}, {1 - open_.mean():.1%} of the graph covered",))
 
 
 def k_center(pool: PatchFeatures, request: Request) -> Picks:
