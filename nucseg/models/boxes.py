@@ -62,8 +62,8 @@ def targets_from_labels(label_maps: Int[Tensor, "b h w"]) -> Targets:
 
 def mask_targets(
     index: Int[Tensor, "b h w"],
-    image: Int[Tensor, "n"],
-    place: Int[Tensor, "n"],
+    image: Int[Tensor, " n"],
+    place: Int[Tensor, " n"],
     boxes: Float[Tensor, "n 4"],
     size: int,
 ) -> Float[Tensor, "n size size"]:
@@ -173,9 +173,10 @@ def sample(
     negative: Bool[Tensor, "b n"],
     count: int,
     fraction: float,
-    generator: torch.Generator | None = None,
 ) -> tuple[Int[Tensor, "b k"], Bool[Tensor, "b k"], Bool[Tensor, "b k"]]:
     """Draw up to `count` examples per image, at most `fraction` of them positive, the rest background.
+
+    Uses torch's global random state, which the training loop seeds.
 
     Returns
     -------
@@ -183,7 +184,7 @@ def sample(
         Of padded places: the example, whether it is positive, and whether the place is used.
     """
     n = positive.shape[1]
-    key = torch.rand(positive.shape, generator=generator, device=positive.device)
+    key = torch.rand(positive.shape, device=positive.device)
     key_positive, first = key.masked_fill(~positive, 2.0).topk(min(round(count * fraction), n), largest=False)
     key_negative, second = key.masked_fill(~negative, 2.0).topk(min(count, n), largest=False)
     drawn = key_positive < 1.5

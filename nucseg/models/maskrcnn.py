@@ -16,6 +16,7 @@ loss formulas. What differs, and why (REFERENCE section 6, A29-A33):
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,7 @@ from nucseg.models.boxes import (
     sample,
     targets_from_labels,
 )
+from nucseg.models.painting import paint, spans
 
 RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0), (10.0, 5.0)  # torchvision's scaling of box offsets: (centre, log side)
 SMOOTH_L1_BETA = 1 / 9  # torchvision's
@@ -133,8 +135,13 @@ class MaskRCNN(Segmenter):
         Sizes and thresholds.
     weights
         A file of the encoder's weights, if not the installed or downloadable ones.
-    seed
-        Seeds the initial weights of the heads and the sampling of anchors and RoIs.
+    pretrained
+        False starts the encoder from random weights, for ablations and tests.
+
+    Notes
+    -----
+    The heads' initial weights and the drawing of anchors and RoIs use torch's global random state, as layers with
+    dropout do: the caller seeds it around the construction, and the training loop around the loss.
     """
 
     def __init__(
@@ -142,22 +149,22 @@ class MaskRCNN(Segmenter):
         encoder: str = "resnet50",
         config: MaskRCNNConfig | None = None,
         weights: str | Path | None = None,
-        seed: int = 0,
+        pretrained: bool = True,
     ):
         super().__init__()
         self.config = config = config or MaskRCNNConfig()
-        self.seed = seed
-        self._generator: torch.Generator | None = None
         self.pyramid = Pyramid(encoder, weights)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            finest = min(config.strides[0], config.roi_stride)
-            self.first = self.pyramid.strides.index(finest)
-            width = config.fpn_channels
-            self.fpn = FeaturePyramidNetwork(self.pyramid.channels[self.first :], width)
-            self.rpn = _ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
-            self.box_head = _BoxHead(width, config)
-            self.mask_head = _MaskHead(width, config)
+        if not pretrained:
+            for module in self.pyramid.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        finest = min(config.strides[0], config.roi_stride)
+        self.first = self.pyramid.strides.index(finest)
+        width = config.fpn_channels
+        self.fpn = FeaturePyramidNetwork(self.pyramid.channels[self.first :], width)
+        self.rpn = _ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
+        self.box_head = _BoxHead(width, config)
+        self.mask_head = _MaskHead(width, config)
 
     def train(self, mode: bool = True) -> MaskRCNN:
         super().train(mode)
@@ -189,7 +196,6 @@ class MaskRCNN(Segmenter):
         matches = match(candidates, scaled, config.roi_iou, config.roi_iou, keep_best=False)
         chosen, positive, drawn = sample(
             matches.positive & usable, matches.negative & usable, config.roi_samples, config.roi_fraction,
-            self._random(images.device),
         )  # fmt: skip
         image, slot = drawn.nonzero(as_tuple=True)
         index, positive = chosen[image, slot], positive[image, slot]
@@ -209,11 +215,6 @@ class MaskRCNN(Segmenter):
         mask_loss = F.binary_cross_entropy_with_logits(masks, truth, reduction="sum")
         losses["mask"] = mask_loss / max(1, truth.numel())
         return losses
-
-    def _random(self, device: torch.device) -> torch.Generator:
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-        return self._generator
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Feature maps of `config.strides`, and the one from which RoIs are pooled."""
@@ -242,9 +243,7 @@ class MaskRCNN(Segmenter):
         config = self.config
         everywhere = anchors.expand(len(logits), -1, 4)
         matches = match(everywhere, targets, config.rpn_above, config.rpn_below, keep_best=True)
-        index, positive, drawn = sample(
-            matches.positive, matches.negative, config.rpn_samples, config.rpn_fraction, self._random(logits.device)
-        )
+        index, positive, drawn = sample(matches.positive, matches.negative, config.rpn_samples, config.rpn_fraction)
         count = drawn.sum().clamp(min=1)
         score = F.binary_cross_entropy_with_logits(logits.gather(1, index), positive.float(), reduction="none")
         image, slot = positive.nonzero(as_tuple=True)
@@ -295,8 +294,8 @@ class MaskRCNN(Segmenter):
             found = []
             for (top, bottom, own_top, own_bottom), (left, right, own_left, own_right) in (
                 (rows, columns)
-                for rows in _spans(image.shape[0], config.tile, config.overlap)
-                for columns in _spans(image.shape[1], config.tile, config.overlap)
+                for rows in spans(image.shape[0], config.tile, config.overlap)
+                for columns in spans(image.shape[1], config.tile, config.overlap)
             ):
                 tile = torch.from_numpy(np.ascontiguousarray(image[top:bottom, left:right])).to(device)
                 boxes, scores, masks = self._detect(tile.permute(2, 0, 1)[None].float() / 255)
@@ -336,86 +335,6 @@ class MaskRCNN(Segmenter):
         return boxes / config.scale, scores, masks
 
 
-def paint(
-    boxes: Float[Tensor, "n 4"],
-    scores: Float[Tensor, "n"],
-    masks: Float[Tensor, "n m m"],
-    shape: tuple[int, int],
-    threshold: float = 0.5,
-    drop_covered: float = 0.7,
-    min_area: int = 15,
-) -> Instances:
-    """Turn detections into one label map: best first, each taking the pixels still free (REFERENCE A33).
-
-    A detection is dropped when more than `drop_covered` of its mask is taken already, or when fewer than `min_area`
-    pixels are left of it. Masks are resampled inside their boxes only, many at a time.
-
-    Parameters
-    ----------
-    boxes
-        In pixels of the image, in falling order of `scores`.
-    scores
-        In [0, 1].
-    masks
-        Probabilities on a grid over each box.
-    shape
-        Of the label map, (H, W).
-    """
-    labels = np.zeros(shape, dtype=np.int32)
-    kept: list[int] = []
-    corners = boxes.floor().long().clamp(min=0)
-    ends = torch.minimum(boxes.ceil().long(), torch.tensor([shape[1], shape[0]] * 2))
-    corner, end = corners[:, :2].numpy(), ends[:, 2:].numpy()
-    windows = _resample(boxes, masks, torch.from_numpy(corner), torch.from_numpy(end), threshold)
-    for number, window in enumerate(windows):
-        (x0, y0), (x1, y1) = corner[number], end[number]
-        if x1 <= x0 or y1 <= y0:
-            continue
-        mask = window[: y1 - y0, : x1 - x0]
-        under = labels[y0:y1, x0:x1]
-        free = mask & (under == 0)
-        area, left = np.count_nonzero(mask), np.count_nonzero(free)
-        if left == 0 or left < min_area or area - left > drop_covered * area:
-            continue
-        kept.append(number)
-        under[free] = len(kept)
-    return Instances(labels, scores.float().numpy()[kept])
-
-
-def _resample(boxes: Tensor, masks: Tensor, corner: Tensor, end: Tensor, threshold: float) -> list[np.ndarray]:
-    """Binary masks on the image's pixels, from each box's corner; boxes of like size are resampled together."""
-    sides = (end - corner).clamp(min=1).amax(dim=1)
-    buckets = torch.ceil(torch.log2(sides.float().clamp(min=16))).long()
-    windows: list[np.ndarray] = [np.zeros((0, 0), dtype=bool)] * len(boxes)
-    for bucket in buckets.unique().tolist():
-        side = 2**bucket
-        group = (buckets == bucket).nonzero()[:, 0]
-        for part in group.split(max(1, 2**24 // side**2)):
-            box, start = boxes[part].to(masks.device), corner[part].to(masks.device)
-            pixel = torch.arange(side, device=masks.device) + 0.5
-            # Position of every pixel centre in its box, from -1 to 1 across the box, as grid_sample counts.
-            position = 2 * (start[:, None] + pixel[:, None] - box[:, None, :2]) / (box[:, 2:] - box[:, :2])[:, None] - 1
-            x, y = position[:, None, :, 0].expand(-1, side, -1), position[:, :, None, 1].expand(-1, -1, side)
-            probability = F.grid_sample(
-                masks[part.to(masks.device), None], torch.stack((x, y), dim=-1), mode="bilinear",
-                padding_mode="border", align_corners=False,
-            )[:, 0]  # fmt: skip
-            inside = (x.abs() <= 1) & (y.abs() <= 1)
-            for number, window in zip(part.tolist(), ((probability > threshold) & inside).cpu().numpy(), strict=True):
-                windows[number] = window
-    return windows
-
-
-def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
-    """Tiles along one side: (start, end, start and end of the part whose nuclei it owns)."""
-    if length <= tile:
-        return [(0, length, 0, length)]
-    count = -(-(length - overlap) // (tile - overlap))
-    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
-    cuts = [0] + [(a + tile + b) // 2 for a, b in zip(starts, starts[1:], strict=False)] + [length]
-    return [(start, start + tile, low, high) for start, low, high in zip(starts, cuts, cuts[1:], strict=False)]
-
-
 class _ProposalHead(nn.Module):
     """torchvision's RPNHead: a 3 x 3 convolution, then objectness and box offsets of each anchor."""
 
@@ -440,7 +359,7 @@ class _BoxHead(nn.Module):
     def __init__(self, width: int, config: MaskRCNNConfig):
         super().__init__()
         widths = (width * config.box_pool**2, *config.box_widths)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.score = nn.Linear(widths[-1], 1)
         self.box = nn.Linear(widths[-1], 4)
 
@@ -457,7 +376,7 @@ class _MaskHead(nn.Sequential):
     def __init__(self, width: int, config: MaskRCNNConfig):
         widths = (width, *config.mask_widths)
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
         layers += [nn.ConvTranspose2d(widths[-1], widths[-1], 2, 2), nn.ReLU(), nn.Conv2d(widths[-1], 1, 1)]
         super().__init__(*layers)
