@@ -177,7 +177,8 @@ def _nucleus(mask: np.ndarray, source: int) -> Nucleus:
     rows, cols = rows - rows.min(), cols - cols.min()
     row, col = round(float(rows.mean())), round(float(cols.mean()))
     reach = float(np.sqrt(((rows - row) ** 2 + (cols - col) ** 2).max()))
-    depth = float(ndimage.distance_transform_edt(np.pad(mask, 1))[row + 1, col + 1])
+    outside = np.argwhere(~np.pad(mask, 1)) - 1
+    depth = float(np.sqrt(((outside - (row, col)) ** 2).sum(axis=1).min()))
     return Nucleus(np.ascontiguousarray(mask), (row, col), reach, depth, source)
 
 
@@ -340,7 +341,8 @@ class _Canvas:
 
 
 def _draw(pool: Pool, rng: np.random.Generator) -> int:
-    copies = pool.members[rng.choice(len(pool.weights), p=pool.weights)]
+    source = np.searchsorted(np.cumsum(pool.weights), rng.random() * pool.weights.sum(), side="right")
+    copies = pool.members[min(source, len(pool.members) - 1)]
     return copies[rng.integers(len(copies))]
 
 
@@ -411,10 +413,8 @@ def synthesize_with_report(
                 best, best_error = canvas, error
             if error <= config.tolerance * wanted or canvas.full:
                 break  # good, or full: another draw would not find more room
-        crop = best.crop().copy()
-        areas = np.bincount(crop.ravel(), minlength=len(best.placements) + 1)
-        crop[(areas < config.min_area)[crop]] = 0
-        masks[index] = relabel(crop)
+        keep = np.array([0, *best.areas]) >= config.min_area
+        masks[index] = (np.cumsum(keep) * keep)[best.crop()]  # small rests go, the others count 1..n
         placements.append(np.array(best.placements, int).reshape(-1, 3))
         passed[index] = best.passed
     achieved = (masks > 0).mean(axis=(1, 2))
