@@ -1,8 +1,9 @@
 """Annotations as people have them: MoNuSeg/Aperio XML, QuPath GeoJSON, label images; read and written as label maps."""
 
+from nucseg.annotations.errors import AnnotationError, AnnotationWarning, LabelWarning
 from nucseg.annotations.geojson import read_geojson, read_geojson_patches, read_geojson_report, write_geojson
-from nucseg.annotations.label_images import LabelWarning, read_labels
-from nucseg.annotations.polygons import AnnotationError, AnnotationReport, AnnotationWarning
+from nucseg.annotations.label_images import read_labels
+from nucseg.annotations.polygons import AnnotationReport
 from nucseg.annotations.xml import read_xml, read_xml_report
 
 __all__ = [

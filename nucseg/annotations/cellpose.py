@@ -1,7 +1,7 @@
 """Cellpose's ``_seg.npy`` without unpickling: the file is a pickled dictionary, and a pickle can run any code.
 
-The pickle's opcodes are interpreted by a machine that only builds tuples, lists, dictionaries and descriptions of calls;
-it imports nothing and calls nothing. Out of the result the array under ``"masks"`` is decoded by hand.
+The pickle's opcodes are interpreted by a machine that only builds tuples, lists, dictionaries and descriptions of
+calls; it imports nothing and calls nothing. Out of the result the array under ``"masks"`` is decoded by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nucseg.annotations.polygons import AnnotationError
+from nucseg.annotations.errors import AnnotationError
 
 HOW = (
     "export the masks yourself: in Cellpose File > Save masks as PNG/TIF, or "

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.outlines import trace
-from nucseg.annotations.polygons import AnnotationError, AnnotationReport, Problem, Region, rasterize
+from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize
 
 if TYPE_CHECKING:
     from nucseg.data import Patch

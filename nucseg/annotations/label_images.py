@@ -11,15 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nucseg.annotations.polygons import AnnotationError
+from nucseg.annotations.errors import AnnotationError, LabelWarning
 from nucseg.labels import check_label_map
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 BINARY_VALUES = (1, 255, 65535)  # what programs write for "inside" in a binary mask
-
-
-class LabelWarning(UserWarning):
-    """A label image was interpreted; the message names the file and what was done."""
 
 
 def read_labels(path: str | Path, binary: bool | None = None) -> np.ndarray:

@@ -18,18 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nucseg.annotations.errors import AnnotationWarning
+
 SHOWN = 8  # ids that a message lists before it says how many more there are
 FARTHEST = 1e6  # pixels; a coordinate beyond is a mistake, not an image
 TREMBLES = 0.9  # signed over even-odd area above which a self-crossing is only a trembling hand
 CANCELS = 0.5  # ... below which most of the outline's area cancels
-
-
-class AnnotationError(ValueError):
-    """An annotation file cannot be read at all; the message names the file and the reason."""
-
-
-class AnnotationWarning(UserWarning):
-    """Some annotated regions were skipped or are odd; the message lists them by id."""
 
 
 @dataclass(frozen=True)

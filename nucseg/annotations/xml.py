@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nucseg.annotations.polygons import AnnotationError, AnnotationReport, Problem, Region, rasterize
+from nucseg.annotations.errors import AnnotationError
+from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize
 
 
 def read_xml(path: str | Path, shape: tuple[int, int]) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from nucseg.annotations import read_labels, read_xml
+from nucseg.annotations.errors import DataError
 from nucseg.annotations.geojson import read_geojson
 from nucseg.data.images import ImageError, check_region, image_shape, read_image, read_region
 from nucseg.labels import check_label_map
@@ -23,12 +24,8 @@ CACHE_BYTES = 320 * 2**20  # decoded arrays kept by one process: all of Kumar (3
 WHOLE_IMAGE_PIXELS = 16_000_000  # regions of larger images are read from the file, smaller images are decoded whole
 
 
-class MissingData(FileNotFoundError):
+class MissingData(DataError, FileNotFoundError):
     """Images or annotations are not at hand; the message says what to get, from where, and where to put it."""
-
-
-class DataError(ValueError):
-    """Data are at hand but contradict themselves; the message names the files."""
 
 
 @dataclass(frozen=True)

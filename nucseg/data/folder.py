@@ -2,7 +2,8 @@
 
 Layouts: ``images/`` beside ``labels/`` (or masks, annotations) with the same stems; the official ``Tissue Images/``
 beside ``Annotations/``; or label files side by side with the images: ``<stem>_labels.png|tif|npy``, ``<stem>.xml``,
-``<stem>.geojson``, ``<stem>_seg.npy``. Sub-folders ``train``, ``val`` and ``test`` become splits; otherwise all is train.
+``<stem>.geojson``, ``<stem>_seg.npy``. Sub-folders ``train``, ``val`` and ``test`` become splits; otherwise all
+is train.
 """
 
 from __future__ import annotations

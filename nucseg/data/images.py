@@ -8,12 +8,15 @@ orientation tag is never applied: label maps are drawn on the pixels as they are
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from nucseg.annotations.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or openslide opens all of these
@@ -22,7 +25,7 @@ ORIENTATION_TAG = 274
 TIFF_CMYK, TIFF_WHITE_IS_ZERO, TIFF_PALETTE = 5, 0, 3
 
 
-class ImageError(ValueError):
+class ImageError(DataError):
     """An image file cannot be read as 8-bit RGB; the message names the file and the reason."""
 
 
@@ -78,9 +81,9 @@ def image_shape(path: str | Path) -> tuple[int, int]:
 def read_region(path: str | Path, row: int, col: int, height: int, width: int) -> np.ndarray:
     """Read one rectangle of an image without decoding the rest where the format allows it.
 
-    Tiled or striped TIFFs and slides are opened by tiffslide or openslide when installed (``pip install
-    nucseg[slides]``), otherwise by tifffile, which also decodes only the tiles or strips that the rectangle
-    meets. Other formats have no regions: they are decoded whole and cut.
+    Of a TIFF only the tiles or strips that the rectangle meets are decoded. Slides (``.svs`` and their like) are
+    opened by tiffslide or openslide (``pip install nucseg[slides]``), those that are TIFFs without either as well.
+    Other formats have no regions: they are decoded whole and cut.
 
     Parameters
     ----------
@@ -102,7 +105,7 @@ def read_region(path: str | Path, row: int, col: int, height: int, width: int) -
     path = Path(path)
     check_region(path, image_shape(path), row, col, height, width)
     suffix = path.suffix.lower()
-    if suffix in SLIDE_SUFFIXES:
+    if suffix in SLIDE_SUFFIXES and (_slide_reader() or suffix not in TIFF_SUFFIXES):
         with _open_slide(path) as slide:
             return np.asarray(slide.read_region((col, row), 0, (width, height)))[..., :3].copy()
     if suffix in TIFF_SUFFIXES:
@@ -224,16 +227,19 @@ def _tiff_region(page, row: int, col: int, height: int, width: int) -> np.ndarra
     return out[..., 0] if samples == 1 else out
 
 
+def _slide_reader() -> str | None:
+    return next((name for name in ("tiffslide", "openslide") if importlib.util.find_spec(name)), None)
+
+
 def _open_slide(path: Path):
-    for name in ("tiffslide", "openslide"):
-        if importlib.util.find_spec(name):
-            module = importlib.import_module(name)
-            slide_class = module.TiffSlide if name == "tiffslide" else module.OpenSlide
-            try:
-                return slide_class(str(path))
-            except Exception as error:
-                raise ImageError(f"{path}: {name} cannot open this slide ({error})") from error
-    raise ImageError(f"{path}: slides of this kind need tiffslide: pip install nucseg[slides]")
+    name = _slide_reader()
+    if name is None:
+        raise ImageError(f"{path}: slides of this kind need tiffslide: pip install nucseg[slides]")
+    module = importlib.import_module(name)
+    try:
+        return (module.TiffSlide if name == "tiffslide" else module.OpenSlide)(str(path))
+    except Exception as error:
+        raise ImageError(f"{path}: {name} cannot open this slide ({error})") from error
 
 
 def _to_rgb(data: np.ndarray, path: Path, page=None) -> np.ndarray:

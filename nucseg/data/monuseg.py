@@ -1,4 +1,4 @@
-"""MoNuSeg 2018: the 30 Kumar images to train on, 14 more to test on (REFERENCE 1.1, A4); no validation split is named."""
+"""MoNuSeg 2018: the 30 Kumar images to train on, 14 more to test on (REFERENCE 1.1, A4); no validation split."""
 
 from __future__ import annotations
 
