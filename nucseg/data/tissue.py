@@ -61,7 +61,7 @@ KINDS: dict[str, TissueKind] = {
         "glands",
         Nucleus(15.0, 0.11, elongation=1.35, stain=1.0, vesicular=0.4, clumps=0.45, nucleolus=0.4),
         SPINDLE,
-        haematoxylin=(0.88, 1.02, 0.50),
+        haematoxylin=(0.86, 1.16, 0.62),
         eosin=(0.16, 0.66, 0.38),
     ),
     # sheets of small, round, dark lymphocytes with a pale follicle centre and empty sinuses
@@ -69,7 +69,7 @@ KINDS: dict[str, TissueKind] = {
         "sheet",
         Nucleus(11.0, 0.09, elongation=1.12, irregularity=0.06, stain=1.2, vesicular=0.1, clumps=0.4),
         Nucleus(15.0, 0.15, elongation=1.25, irregularity=0.09, stain=0.8, vesicular=0.45, clumps=0.4, nucleolus=0.5),
-        haematoxylin=(1.10, 1.06, 0.44),
+        haematoxylin=(1.08, 1.20, 0.56),
         eosin=(0.20, 0.52, 0.26),
     ),
     # wavy collagen, strongly pink, with few, long, thin nuclei along the fibres, and vessels
@@ -77,7 +77,7 @@ KINDS: dict[str, TissueKind] = {
         "fibres",
         Nucleus(12.5, 0.14, elongation=2.9, irregularity=0.05, stain=0.92, vesicular=0.25, clumps=0.3),
         Nucleus(11.0, 0.1, elongation=1.15, irregularity=0.06, stain=1.05, vesicular=0.1, clumps=0.4),
-        haematoxylin=(0.80, 0.96, 0.48),
+        haematoxylin=(0.84, 1.08, 0.60),
         eosin=(0.12, 0.80, 0.50),
     ),
     # stratified cells with borders, maturing from a crowded basal layer to keratin: large, irregular nuclei, nucleoli
@@ -85,7 +85,7 @@ KINDS: dict[str, TissueKind] = {
         "strata",
         Nucleus(18.0, 0.13, elongation=1.25, irregularity=0.09, stain=0.9, vesicular=0.5, clumps=0.35, nucleolus=0.8),
         Nucleus(14.0, 0.12, elongation=1.6, irregularity=0.07, stain=1.0, vesicular=0.25, clumps=0.35),
-        haematoxylin=(0.74, 1.05, 0.66),
+        haematoxylin=(0.82, 1.12, 0.62),
         eosin=(0.10, 0.62, 0.56),
     ),
 }

@@ -55,10 +55,10 @@ def noise(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> np.
     Filtered in Fourier space: as fast for wide bumps as for narrow ones, and without the threads of a matrix product.
     """
     padded = [fft.next_fast_len(side + math.ceil(scale), real=True) for side in shape]  # no wrapping inside the image
-    down, right = np.meshgrid(fft.fftfreq(padded[0]), fft.rfftfreq(padded[1]), indexing="ij", sparse=True)
-    smooth = np.exp(-((np.pi * scale) ** 2) / 2 * (down**2 + right**2)).astype(np.float32)
-    white = rng.standard_normal(padded, dtype=np.float32)
-    field = fft.irfft2(fft.rfft2(white) * smooth, s=padded)[: shape[0], : shape[1]]
+    waves = fft.fftfreq(padded[0])[:, None], fft.rfftfreq(padded[1])[None, :]
+    down, right = (np.exp(-((np.pi * scale * wave) ** 2) / 2).astype(np.float32) for wave in waves)
+    white = fft.rfft2(rng.standard_normal(padded, dtype=np.float32))
+    field = fft.irfft2(white * down * right, s=padded)[: shape[0], : shape[1]]
     return (field - field.mean()) / field.std()
 
 
@@ -201,22 +201,22 @@ def add_stains(rng, scene: Scene, labels: np.ndarray, level: np.ndarray, cells: 
     nuclear = cells["stain"][which] * (hollow * (1 + chromatin) + nucleolus)
     haematoxylin = np.where(inside, np.maximum(nuclear, 0.12), scene.haematoxylin)
     halo = np.exp(-ndimage.distance_transform_edt(~inside) / 1.5) * ~inside * soft_step(noise(rng, shape, 25), 0.6)
-    eosin = np.where(inside, 0.45 * scene.eosin + 0.1, scene.eosin * (1 - 0.45 * halo))
+    eosin = np.where(inside, 0.55 * scene.eosin + 0.1, scene.eosin * (1 - 0.45 * halo))
     blood = scene.blood & ~inside
     haematoxylin[blood] = 0.02
     eosin[blood] = 0.25
     # bodies that are not nuclei: nuclei of other planes (blurred, faint shadows) and red globules
-    count = max(3, np.prod(shape) // 6500)
+    count = max(3, np.prod(shape) // 5000)
     anywhere = np.pi * noise(rng, shape, 8)
     room = 1.0 * ~ndimage.binary_dilation(inside, iterations=2) + 1e-9
     for look, tint in ((Nucleus(13.0, 0.2), "shadow"), (Nucleus(8.0, 0.3, irregularity=0.12), "globule")):
         bodies = draw(shape, throw(rng, [Population(look, room, anywhere, int(count), 1.2)]))[0] > 0
         soft = ndimage.gaussian_filter(bodies.astype(np.float32), 2.2 if tint == "shadow" else 0.8) * ~inside
-        haematoxylin = haematoxylin + soft * (0.28 if tint == "shadow" else 0.05)
+        haematoxylin = haematoxylin + soft * (0.36 if tint == "shadow" else 0.15)
         eosin = eosin + soft * (0.1 if tint == "shadow" else 0.7)
     red = 1.0 * blood * (1 + 0.12 * noise(rng, shape, 4))
     # nothing in a section is smooth: grain of membranes and granules
-    grain = 1 + 0.1 * noise(rng, shape, 1.5) + 0.07 * noise(rng, shape, 3)
+    grain = 1 + 0.13 * noise(rng, shape, 1.5) + 0.08 * noise(rng, shape, 3)
     return np.maximum(np.stack([haematoxylin, eosin * grain, red]), 0)
 
 
@@ -234,7 +234,7 @@ def photograph(rng, stains: np.ndarray, haematoxylin: tuple, eosin: tuple) -> np
     blurred = ndimage.gaussian_filter(stains, (0, 2.0, 2.0))
     focus = soft_step(noise(rng, shape, 70) + 1.3, 0.4)  # about a tenth of the area lies out of focus
     stains = focus * sharp + (1 - focus) * blurred
-    colours = np.array([haematoxylin, eosin, _BLOOD]) * rng.normal(1, 0.06, (3, 3))  # a laboratory's batch of stain
+    colours = np.array([haematoxylin, eosin, _BLOOD]) * rng.normal(1, 0.08, (3, 3))  # a laboratory's batch of stain
     dust = np.zeros(shape, np.float32)
     specks = rng.integers(0, shape, (rng.integers(1, 5), 2))
     dust[specks[:, 0], specks[:, 1]] = rng.uniform(4, 14, len(specks))
