@@ -42,4 +42,5 @@ class CSinGAN(PyramidSynthesizer):
     def weights(self) -> dict[str, float]:
         """Return beta, gamma and delta by region, without those that are 0."""
         c = self.config
-        return {r: w for r, w in zip(("global", "foreground", "background"), (c.beta, c.gamma, c.delta)) if w > 0}
+        weights = {"global": c.beta, "foreground": c.gamma, "background": c.delta}
+        return {region: weight for region, weight in weights.items() if weight > 0}

@@ -30,8 +30,13 @@ class ScaleGenerator(nn.Module):
         self.tail = nn.Conv2d(channels, 3, 3)
         self.layers = layers
 
-    def forward(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
-        return torch.tanh(self.tail(self.body(F.pad(inputs, [self.layers] * 4))))
+    def pad(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Add the margin that the unpadded convolutions use up."""
+        return F.pad(inputs, [self.layers] * 4)
+
+    def forward(self, padded: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
+        """Take an input that has its margin already: from `pad`, or cut out of a larger image."""
+        return torch.tanh(self.tail(self.body(padded)))
 
 
 class Critic(nn.Module):

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from nucseg.gan.base import (
@@ -65,6 +65,10 @@ class PyramidConfig:
         Generator steps per scale (A18).
     masks_per_step
         Synthetic masks in one batch.
+    crop
+        Train on random windows of this many pixels instead of whole images, one place for a whole batch; None: whole
+        images. Receptive fields are 2 * `layers` + 1 pixels, so a window is a smaller sample of the same losses: for
+        slow devices.
     d_steps, g_steps
         Updates of the critics and of the generator in one step (A25).
     lr, betas
@@ -79,6 +83,8 @@ class PyramidConfig:
         Noise at finer scales, in units of the RMSE between the real patch and the upsampled reconstruction.
     masked_average
         Average a critic's map over its mask area (A20); False: over all positions.
+    min_area
+        A critic of nuclei or background compares nothing in a batch where it has less than this share of the image.
     calibration_steps
         Batches over which the generators' BatchNorm statistics are measured when a scale is finished.
     check_every
@@ -100,6 +106,7 @@ class PyramidConfig:
     layers: int = 5
     steps: int = 2000
     masks_per_step: int = 4
+    crop: int | None = None
     d_steps: int = 3
     g_steps: int = 1
     lr: float = 5e-4
@@ -110,6 +117,7 @@ class PyramidConfig:
     lambda_: float = 0.1
     noise_amplitude: float = 0.1
     masked_average: bool = True
+    min_area: float = 0.01
     calibration_steps: int = 10
     check_every: int = 100
     divergence_limit: float = 1e5
@@ -130,6 +138,8 @@ class PyramidConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.layers < 2:
             raise ValueError(f"layers must be at least 2, got {self.layers}")
+        if self.crop is not None and self.crop <= 2 * self.layers:
+            raise ValueError(f"crop must exceed 2 * layers = {2 * self.layers}, got {self.crop}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 < self.decay_at <= 1:
@@ -158,14 +168,11 @@ class PyramidConfig:
 # --------------------------------------------------------------------------- Eq. 3 and 4
 
 
-def masked(
-    images: Float[Tensor, "b 3 h w"], mask: Float[Tensor, "b 1 h w"] | None, region: str
-) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"] | None]:
-    """Return what the critic of `region` sees, and the area it judges (None: everywhere). Differentiable by images."""
+def area_of(mask: Float[Tensor, "b 1 h w"] | None, region: str) -> Float[Tensor, "b 1 h w"] | None:
+    """Return where the critic of `region` looks: m for nuclei, 1 - m for background, None for everywhere."""
     if region == "global":
-        return images, None
-    area = mask if region == "foreground" else 1 - mask
-    return images * area, area
+        return None
+    return mask if region == "foreground" else 1 - mask
 
 
 def centre_crop(area: Float[Tensor, "b 1 h w"], height: int, width: int) -> Float[Tensor, "b 1 h2 w2"]:
@@ -208,8 +215,13 @@ def critic_losses(
     mix: Float[Tensor, "b 1 1 1"],
     lambda_: float,
     masked_average: bool = True,
+    min_area: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]], Float[Tensor, ""]]:
     """L_ADV of Eq. 3, as the critics minimise it.
+
+    Where real or fake masks leave a critic less than `min_area` of its images, it would see a constant: BatchNorm then
+    divides by nothing and the penalty explodes. For that batch the critic takes the penalty on the unmasked images and
+    makes no comparison.
 
     Returns
     -------
@@ -220,13 +232,18 @@ def critic_losses(
     penalty
         Sum of the gradient penalties, detached.
     """
+    fake = fake.detach()
     loss, penalty, distances = 0.0, 0.0, {}
     for name, critic in critics.items():
-        x, x_area = masked(real, real_mask, name)
-        y, y_area = masked(fake.detach(), fake_mask, name)
+        x, y, enough = real, fake, 1.0
+        x_area, y_area = area_of(real_mask, name), area_of(fake_mask, name)
+        if x_area is not None:
+            enough = (torch.minimum(x_area.mean(), y_area.mean()) >= min_area).float()
+            x_area, y_area = torch.maximum(x_area, 1 - enough), torch.maximum(y_area, 1 - enough)
+            x, y = x * x_area, y * y_area
         if not masked_average:
             x_area = y_area = None
-        distance = score(critic, x, x_area) - score(critic, y, y_area)
+        distance = enough * (score(critic, x, x_area) - score(critic, y, y_area))
         gp = gradient_penalty(critic, x, y, mix)
         loss = loss + weights[name] * (lambda_ * gp - distance)
         distances[name] = distance.detach()
@@ -240,12 +257,17 @@ def generator_loss(
     fake: Float[Tensor, "b 3 h w"],
     fake_mask: Float[Tensor, "b 1 h w"] | None,
     masked_average: bool = True,
+    min_area: float = 0.0,
 ) -> Float[Tensor, ""]:
     """-beta E[D_g(y)] - gamma E[D_f(y*m)] - delta E[D_b(y*(1-m))]: the adversarial part of a generator's loss."""
     loss = fake.new_zeros(())
     for name, critic in critics.items():
-        y, area = masked(fake, fake_mask, name)
-        loss = loss - weights[name] * score(critic, y, area if masked_average else None)
+        area = area_of(fake_mask, name)
+        if area is None:
+            loss = loss - weights[name] * score(critic, fake, None)
+        else:
+            enough = (area.mean() >= min_area).float()
+            loss = loss - weights[name] * enough * score(critic, fake * area, area if masked_average else None)
     return loss
 
 
@@ -272,17 +294,29 @@ def upsample(images: Float[Tensor, "b 3 h h"], size: int) -> Float[Tensor, "b 3 
     return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
 
 
+def window(images: Float[Tensor, "b c h w"], corner: Int[Tensor, 2], side: int) -> Float[Tensor, "b c s s"]:
+    """Cut one square of `side` pixels out of every image; `corner` (row, column) stays on the device."""
+    offsets = torch.arange(side, device=images.device)
+    return images.index_select(-2, corner[0] + offsets).index_select(-1, corner[1] + offsets)
+
+
 def paint(
-    generator: nn.Module,
+    generator: ScaleGenerator,
     mask: Float[Tensor, "b 1 h h"] | None,
     noise: Float[Tensor, "b 3 h h"],
     previous: Float[Tensor, "b 3 h h"] | None,
 ) -> Float[Tensor, "b 3 h h"]:
     """Eq. 2 at one scale: y = G([m, z + y_previous]) + y_previous (no y_previous at the coarsest)."""
-    image = noise if previous is None else noise + previous
-    inputs = image if mask is None else torch.cat([mask, image], 1)
-    out = generator(inputs)
+    out = generator(generator.pad(inputs_of(mask, noise, previous)))
     return out if previous is None else out + previous
+
+
+def inputs_of(
+    mask: Float[Tensor, "b 1 h h"] | None, noise: Float[Tensor, "b 3 h h"], previous: Float[Tensor, "b 3 h h"] | None
+) -> Float[Tensor, "b c h h"]:
+    """[m, z + y_previous] of Eq. 2."""
+    image = noise if previous is None else noise + previous
+    return image if mask is None else torch.cat([mask, image], 1)
 
 
 # --------------------------------------------------------------------------- training
@@ -442,7 +476,7 @@ class PyramidSynthesizer(Synthesizer):
         critics = [
             nn.ModuleDict({name: Critic(width, self.config.layers) for name in self.weights()}) for _ in range(k1)
         ]
-        inherit = n > 0 and width == self.config.width(n - 1)
+        inherit = n > 0 and self.config.width(n) == self.config.width(n - 1)
         for i in range(k1):
             if inherit:
                 generators[i].load_state_dict(self.generators[n - 1][i].state_dict())
@@ -451,6 +485,11 @@ class PyramidSynthesizer(Synthesizer):
                 initialise(generators[i], init)
                 initialise(critics[i], init)
         return [g.to(self.device).train() for g in generators], [c.to(self.device).train() for c in critics]
+
+    def _make_networks(self, n: int, k1: int) -> tuple[list[ScaleGenerator], list[nn.ModuleDict]]:
+        width, layers = self.config.width(n), self.config.layers
+        generators = [ScaleGenerator(4 if self.conditional else 3, width, layers) for _ in range(k1)]
+        return generators, [nn.ModuleDict({r: Critic(width, layers) for r in self.weights()}) for _ in range(k1)]
 
     def _previous_reconstruction(self, i: int, n: int, data: _Data) -> Tensor | None:
         if n == 0:
@@ -487,16 +526,8 @@ class PyramidSynthesizer(Synthesizer):
         if scales > self.config.scales:
             raise ValueError(f"the state has {scales} scales, the configuration {self.config.scales}")
         self.generators, self.amplitudes, self.history, self.critics = [], [], [], []
-        nowhere = torch.Generator().manual_seed(0)  # these first weights are overwritten at once
         for n in range(scales):
-            generators, critics = [], []
-            for _ in range(k1):
-                generators.append(
-                    ScaleGenerator(4 if self.conditional else 3, self.config.width(n), self.config.layers)
-                )
-                critics.append(
-                    nn.ModuleDict({r: Critic(self.config.width(n), self.config.layers) for r in self.weights()})
-                )
+            generators, critics = self._make_networks(n, k1)
             _unstack(generators, tensors, f"scale{n}.generator.")
             if n == scales - 1:
                 _unstack(critics, tensors, "critic.")
@@ -504,7 +535,6 @@ class PyramidSynthesizer(Synthesizer):
             self.generators.append([g.to(self.device).eval().requires_grad_(False) for g in generators])
             self.amplitudes.append(tensors[f"scale{n}.amplitude"].to(self.device))
             self.history.append(tensors[f"scale{n}.history"].cpu())
-        del nowhere
         self.fixed = tensors["fixed"].to(self.device) if "fixed" in tensors else None
         return self
 
@@ -531,6 +561,10 @@ class _Buffers:
         self.count = data.count
         self.index = torch.zeros(k1, b, dtype=torch.int64, device=device)  # which masks
         self.noise = [torch.zeros(k1, b, 3, s, s, device=device) for s in data.sizes[: n + 1]]
+        side = data.sizes[n]
+        self.crop = config.crop if config.crop is not None and config.crop < side else None
+        self.places = 1 if self.crop is None else side - self.crop + 1
+        self.corner = torch.zeros(k1, 2, dtype=torch.int64, device=device)  # of the window
         self.mix = torch.zeros(k1, config.d_steps, b, 1, 1, 1, device=device)  # where x^ lies
         self.losses = torch.zeros(k1, terms, device=device)
 
@@ -539,6 +573,8 @@ class _Buffers:
         for noise in self.noise:
             noise.normal_(generator=draw)
         self.mix.uniform_(generator=draw)
+        if self.crop is not None:
+            self.corner.random_(0, self.places, generator=draw)
 
 
 class _Training:
@@ -569,40 +605,51 @@ class _Training:
     def step(self) -> None:
         """`d_steps` updates of the critics, then `g_steps` of the generator; nothing waits for the device."""
         config, critics, weights = self.config, self.critics, self.weights
-        mask, inputs, previous = self._inputs()
-        both = paint(self.generator, *inputs, previous)
-        syn_mask = None if mask is None else mask[:-1]
+        inputs, previous, mask = self._batch()
+        real, real_mask = self._cut(self.real), self._cut(self.real_mask)
+        both = self.generator(inputs) + previous
         for d in range(config.d_steps):
             loss, distances, penalty = critic_losses(
-                critics, weights, self.real, self.real_mask, both[:-1], syn_mask, self.buffers.mix[self.i, d],
-                config.lambda_, config.masked_average,
+                critics, weights, real, real_mask, both[:-1], mask, self.buffers.mix[self.i, d],
+                config.lambda_, config.masked_average, config.min_area,
             )  # fmt: skip
             _update(self.optimizer_d, loss, critics)
         for g in range(config.g_steps):
             if g:
-                both = paint(self.generator, *inputs, previous)
-            adversarial = generator_loss(critics, weights, both[:-1], syn_mask, config.masked_average)
-            reconstruction = F.mse_loss(both[-1:], self.real)
+                both = self.generator(inputs) + previous
+            adversarial = generator_loss(critics, weights, both[:-1], mask, config.masked_average, config.min_area)
+            reconstruction = F.mse_loss(both[-1:], real)
             _update(self.optimizer_g, adversarial + config.alpha * reconstruction, self.generator)
         row = [*distances.values(), penalty, adversarial.detach(), reconstruction.detach()]
         self.buffers.losses[self.i].copy_(torch.stack(row))
 
     @torch.no_grad()
-    def _inputs(self):
-        """Draw synthetic masks, paint them with the finished scales, and append the real mask (last in the batch)."""
+    def _batch(self, crop: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Paint the drawn synthetic masks with the finished scales; the real mask and its reconstruction come last.
+
+        Returns the generator's padded inputs and the previous images, (b + 1, ...), and the synthetic masks, (b, ...).
+        """
         n, i, owner = self.n, self.i, self.owner
-        index = self.buffers.index[i]
-        masks = None
-        if owner.conditional:
-            masks = [self.data.masks[j][i].index_select(0, index).float() for j in range(n + 1)]
+        masks = [self.data.masks[j][i].index_select(0, self.buffers.index[i]).float() for j in range(n + 1)]
         noise = [z[i] for z in self.buffers.noise]
         here = torch.cat([owner.amplitudes[n][i] * noise[n], self.real_noise])
         previous = None
         if n:
-            below = upsample(owner._chain(i, n, masks, noise)[-1], self.data.sizes[n])
-            previous = torch.cat([below, self.real_previous])
+            below = owner._chain(i, n, masks if owner.conditional else None, noise)[-1]
+            previous = torch.cat([upsample(below, self.data.sizes[n]), self.real_previous])
         mask = torch.cat([masks[n], self.real_mask]) if owner.conditional else None
-        return mask, (mask, here), previous
+        inputs = self.generator.pad(inputs_of(mask, here, previous))
+        if previous is None:
+            previous = torch.zeros_like(here)
+        if crop:
+            return self._cut(inputs, self.config.layers), self._cut(previous), self._cut(masks[n])
+        return inputs, previous, masks[n]
+
+    def _cut(self, images: Tensor, margin: int = 0) -> Tensor:
+        """Cut this step's window out of images that have `margin` more pixels on each side."""
+        if self.buffers.crop is None:
+            return images
+        return window(images, self.buffers.corner[self.i], self.buffers.crop + 2 * margin)
 
     @torch.no_grad()
     def calibrate(self, draw: torch.Generator) -> None:
@@ -614,8 +661,7 @@ class _Training:
             norm.momentum = None  # a plain average over batches
         for _ in range(self.config.calibration_steps):
             self.buffers.refill(draw)
-            _, inputs, previous = self._inputs()
-            paint(self.generator, *inputs, previous)
+            self.generator(self._batch(crop=False)[0])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
