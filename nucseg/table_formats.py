@@ -1,0 +1,179 @@
+"""A table's frame as text for readers: Markdown, LaTeX and HTML, from the same cells."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+STYLE = """
+table.nucseg { border-collapse: collapse; font: 14px/1.4 sans-serif; font-variant-numeric: tabular-nums; }
+table.nucseg caption { text-align: left; font-weight: bold; padding: 0.5em 0; }
+table.nucseg th, table.nucseg td { padding: 0.2em 0.7em; text-align: right; white-space: nowrap; }
+table.nucseg th:first-child, table.nucseg td:first-child { text-align: left; }
+table.nucseg thead th { border-top: 2px solid; border-bottom: 1px solid; vertical-align: bottom; white-space: normal; }
+table.nucseg tbody tr:last-child td { border-bottom: 2px solid; }
+table.nucseg td.not-run { font-style: italic; opacity: 0.7; }
+p.nucseg { font: 13px/1.4 sans-serif; max-width: 75em; margin: 0.3em 0; }
+"""
+HIDDEN = {"status", "id", "compared with", "CI low", "CI high"}  # for machines: in the CSV, not on the page
+
+
+class Cell(NamedTuple):
+    """One cell: its text, and ``"best"``, ``"second"``, ``"not-run"`` or nothing."""
+
+    text: str
+    mark: str = ""
+
+
+def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
+    """Return the heading and the cells of a table, numbers rounded, mean and spread in one cell."""
+    frame = frame.dropna(axis="columns", how="all") if len(frame) else frame
+    columns = [name for name in frame if not _joined(name, frame)]
+    settings = ("label share", "K1", "K2")  # known without a run
+    first = next((name for name in columns if name.startswith("ours") and not name.endswith(settings)), None)
+    header = [_heading(name) for name in columns]
+    if first is None:  # nothing was run: say so all the same
+        header.insert(1, "ours")
+    body = []
+    for _, line in frame.iterrows():
+        made = [_cell(name, line) for name in columns]
+        why = "" if line["status"] == "run" else str(line["status"])
+        if first is None:
+            made.insert(1, Cell(why, "not-run"))
+        elif why:
+            at = columns.index(first)
+            text = f"{made[at].text} ({why})" if made[at].text else why
+            made[at] = Cell(text, made[at].mark or "not-run")
+        body.append(made)
+    return header, body
+
+
+def _joined(name: str, frame: pd.DataFrame) -> bool:
+    """Say whether a column is shown inside another one, or not at all."""
+    if name in HIDDEN:
+        return True
+    ending = name.rsplit(" ", 1)
+    return len(ending) == 2 and ending[1] in ("sd", "rank", "Holm") and ending[0] in frame.columns
+
+
+def _heading(name: str) -> str:
+    return {
+        "row": "",
+        "mean difference": "AJI − reference [95 % CI]",
+        "t p": "paired t p (Holm)",
+        "Wilcoxon p": "Wilcoxon p (Holm)",
+        "effect size": "effect size d",
+    }.get(name, name)
+
+
+def _cell(name: str, line: pd.Series) -> Cell:
+    value = line[name]
+    if isinstance(value, str):
+        return Cell(value)
+    if pd.isna(value):
+        return Cell("")
+    if name == "mean difference":
+        return Cell(f"{_signed(value)} [{_signed(line.get('CI low'))}, {_signed(line.get('CI high'))}]")
+    if name in ("t p", "Wilcoxon p"):
+        return Cell(f"{value:.2g} ({line[f'{name} Holm']:.2g})")
+    if name.endswith(" P"):
+        return Cell(f"{value:.2e}")
+    if name in ("images", "seeds", "ours K1", "ours K2"):
+        return Cell(f"{int(value)}")
+    if name.endswith("label share"):
+        return Cell(f"~{value:.0%}" if name.startswith("paper") else f"{value:.2%}")
+    if name == "effect size":
+        return Cell(f"{value:+.2f}".replace("-", "−"))
+    if name.endswith("ours - paper"):
+        return Cell(_signed(value))
+    spread = line.get(f"{name} sd")
+    text = f"{value:.4f}" + ("" if spread is None or pd.isna(spread) else f" ± {spread:.4f}")
+    return Cell(text, {1: "best", 2: "second"}.get(line.get(f"{name} rank"), ""))
+
+
+def _signed(value: float) -> str:
+    return "n/a" if pd.isna(value) else f"{value:+.4f}".replace("-", "−")
+
+
+def markdown(caption: str, header: Sequence[str], body: Sequence[Sequence[Cell]], notes: Sequence[str]) -> str:
+    """Return a Markdown table with its caption and notes; best bold, second best in italics."""
+    wrap = {"best": "**{}**", "second": "*{}*", "not-run": "{}", "": "{}"}
+
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(texts) + " |"
+
+    def text(cell: Cell) -> str:
+        return wrap[cell.mark].format(re.sub(r"([|*_\\])", r"\\\1", cell.text)) if cell.text else ""
+
+    lines = [f"**{caption}**", "", line([name.replace("|", "\\|") for name in header])]
+    lines.append(line(["---"] + ["---:"] * (len(header) - 1)))
+    lines += [line([text(cell) for cell in row]) for row in body]
+    for note in _with_legend(body, notes, "bold", "in italics"):
+        lines += ["", note.replace("|", "\\|").replace("*", "\\*")]
+    return "\n".join(lines) + "\n"
+
+
+def latex(caption: str, header: Sequence[str], body: Sequence[Sequence[Cell]], notes: Sequence[str]) -> str:
+    """Return a LaTeX table (booktabs, graphicx) with its caption and notes; best bold, second best underlined."""
+    wrap = {"best": r"\textbf{%s}", "second": r"\underline{%s}", "not-run": r"\emph{%s}", "": "%s"}
+
+    def text(cell: Cell) -> str:
+        return wrap[cell.mark] % _tex(cell.text) if cell.text else ""
+
+    lines = [
+        "% needs \\usepackage{booktabs,graphicx}",
+        r"\begin{table*}",
+        rf"\caption{{{_tex(caption)}}}",
+        r"\resizebox{\textwidth}{!}{%",
+        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(_tex, header)) + r" \\",
+        r"\midrule",
+        *(" & ".join(text(cell) for cell in row) + r" \\" for row in body),
+        r"\bottomrule",
+        r"\end{tabular}}",
+        *(rf"\par\footnotesize {_tex(note)}" for note in _with_legend(body, notes, "bold", "underlined")),
+        r"\end{table*}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def html_fragment(caption: str, header: Sequence[str], body: Sequence[Sequence[Cell]], notes: Sequence[str]) -> str:
+    """Return an HTML table with its notes, to stand inside a page or a notebook; best bold, second best underlined."""
+    wrap = {"best": "<b>{}</b>", "second": "<u>{}</u>", "not-run": "{}", "": "{}"}
+
+    def cell(one: Cell) -> str:
+        kind = ' class="not-run"' if one.mark == "not-run" else ""
+        return f"<td{kind}>{wrap[one.mark].format(html.escape(one.text)) if one.text else ''}</td>"
+
+    lines = [f"<style>{STYLE}</style>", '<table class="nucseg">', f"<caption>{html.escape(caption)}</caption>"]
+    lines.append("<thead><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in header) + "</tr></thead>")
+    lines.append("<tbody>")
+    lines += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in body]
+    lines += ["</tbody>", "</table>"]
+    lines += [f'<p class="nucseg">{html.escape(note)}</p>' for note in _with_legend(body, notes, "bold", "underlined")]
+    return "\n".join(lines) + "\n"
+
+
+def html_page(caption: str, header: Sequence[str], body: Sequence[Sequence[Cell]], notes: Sequence[str]) -> str:
+    """Return the fragment as a page of its own."""
+    title = (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(caption)}</title></head>'
+    )
+    return f"{title}\n<body>\n{html_fragment(caption, header, body, notes)}</body>\n</html>\n"
+
+
+def _with_legend(body: Sequence[Sequence[Cell]], notes: Sequence[str], best: str, second: str) -> list[str]:
+    marked = any(cell.mark == "best" for row in body for cell in row)
+    return [*notes, *([f"Ours: best {best}, second best {second}."] if marked else [])]
+
+
+def _tex(text: str) -> str:
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", "/"))
+    for sign, command in (("±", r"$\pm$"), ("−", "$-$"), ("~", r"$\sim$"), ("|", r"$|$"), ("<", "$<$"), (">", "$>$")):
+        text = text.replace(sign, command)
+    return text

@@ -1,0 +1,163 @@
+"""The text above and under Tables I-VI: what was run on what, how to read it, and where the print slips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from scipy import stats
+
+from nucseg.data.tissue import SYNTHETIC_NOTE
+from nucseg.experiments import printed
+
+TITLES = {
+    "I": "Which patches to annotate: selection strategies, each followed by CSinGAN",
+    "II": "Augmentation of the patches that CPS selects",
+    "III": "The framework on seen and unseen organs",
+    "IV": "Full supervision with every segmenter, and the framework with two of them",
+    "V": "AJI by organ",
+    "VI": "K1 and K2, without and with CSinGAN",
+}
+TEST_IMAGES = {"kumar": 14, "tnbc": 13, "monuseg": 14}  # of the paper
+REFERENCES = {
+    "I": "the CPS row of the same block",
+    "II": "the CSinGAN row",
+    "III": "the row 'Ours' (the paper tests nothing here)",
+    "IV": "the row 'Hover-net + Ours'",
+}
+SLIPS = {
+    "II": (
+        "In print, 'CSinGAN(w/o CwD)' equals Table VI's 'K1 = 9 w/o CSinGAN', which is the naive augmentation, "
+        "while NaiveAug "
+        "is another number: one of the two is mislabelled.",
+    ),
+    "III": (
+        "In print, AJI is the mean over images in rows a, b, Ours and full supervision, but the mean of AJI-s and "
+        "AJI-u in "
+        "rows c to f. Ours is the mean over images throughout.",
+    ),
+    "IV": (
+        "The printed rows MDC_NET and DPMSFF are quoted from other papers. Their code is not public: ours are our "
+        "reading "
+        "of MDC-Net, and PFFNet without attention fusion, consistency loss and mask-quality head for DPMSFF.",
+        "The printed Kumar AJI of Hover-net is not the mean of its organs in Table V, and it equals the value that "
+        "PFFNet "
+        "published for itself.",
+        "The paper gives MoNuSeg's annotated share as 17 % and as 7 %; 18 patches are 3.9 % of its pixels.",
+    ),
+    "V": ("Spread is the highest minus the lowest organ.",),
+    "VI": (
+        "Label shares are computed: the union of the annotated pixels over the training pixels. K1 is scaled to the "
+        "dataset; "
+        "'w/o CSinGAN' is the naive augmentation.",
+    ),
+}
+
+
+def needed_t(p: float, n: int) -> float:
+    """Return the |t| that a two-sided paired t-test over n images needs for a p-value."""
+    return float(stats.t.isf(p / 2, n - 1))
+
+
+def notes(
+    table: str, dataset: str, source: str, measured: Sequence, used: pd.DataFrame, runs: pd.DataFrame | None
+) -> tuple[str, ...]:
+    """Return the paragraphs under a table; `used` are the lines of results.csv that stand behind its numbers."""
+    found = [_provenance(dataset, used, runs)]
+    if dataset == "tissue":
+        found.insert(0, f"SYNTHETIC DATA. {SYNTHETIC_NOTE} These numbers say nothing about histology.")
+    found.append(
+        "Ours: the mean over all test images for each seed, then mean ± standard deviation over seeds; models of "
+        "the last "
+        "pseudo-labelling round ('best round': of the highest validation AJI). AJI is the official one, beside it "
+        "AJI+, PQ and F1."
+    )
+    found += _comparisons(table, dataset, source, measured)
+    if dataset == "kumar":
+        found.append(
+            "Kumar circulates in two versions with different annotations (the current release holds 16,959 nuclei), so "
+            "differences from the paper of less than two points say nothing."
+        )
+    elif source != dataset:
+        found.append(
+            "The paper has no such numbers on these data: its columns are for Kumar, and no difference is taken."
+        )
+    found += SLIPS.get(table, ())
+    if table == "V" and dataset == "kumar":
+        found.append("The images called liver are lung by their TCGA site codes.")
+    if table == "IV" and source == dataset:
+        found += _footnotes(dataset)
+    replaced = sorted({(one.row.spec.segmenter, one.segmenter) for one in measured if "[run with" in one.label})
+    found += [f"Rows marked [run with {new}] use {new} in place of the paper's {old}." for old, new in replaced]
+    found += _same_runs(measured)
+    return tuple(found)
+
+
+def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> str:
+    if not len(used):
+        return f"Dataset {dataset}: no results yet."
+    first = used.drop_duplicates("image_id")
+    seeds = ", ".join(map(str, sorted(used["seed"].unique())))
+    text = (
+        f"Profile {_all(used['profile'])}; dataset {dataset}, data version {_all(used['fingerprint'])}; {len(first)} "
+        "test images "
+        f"with {first['n_true'].sum():,} nuclei; encoder {_all(used['encoder'])}; seeds {seeds}."
+    )
+    empty = used[(used["n_true"] == 0) & (used["n_pred"] == 0)]["image_id"].nunique()
+    if empty:
+        text += f" {empty} image(s) without a nucleus were rightly left empty, which scores 1."
+    if runs is not None:
+        mine = runs[runs["run_id"].isin(set(used["run_id"]))].drop_duplicates("run_id")
+        if len(mine):
+            text += f" Time of {len(mine)} runs: {mine['seconds'].sum() / 60:.1f} minutes on {_all(mine['device'])}."
+    return text
+
+
+def _comparisons(table: str, dataset: str, source: str, measured: Sequence) -> list[str]:
+    if table not in REFERENCES:
+        return []
+    found = [
+        f"Comparisons: AJI of the row minus that of {REFERENCES[table]}, paired by test image (seeds averaged first, "
+        "so n is "
+        "the number of images); 95 % bootstrap interval over images, paired t, Wilcoxon signed rank, in brackets "
+        "after Holm's "
+        "correction over this table."
+    ]
+    apart = [one.label for one in measured if _other_segmenter(one, measured)]
+    if apart and table != "IV":
+        found.append(f"Not compared, because the reference was run with another segmenter: {'; '.join(apart)}.")
+    p_values = [one.row.paper[source]["p"] for one in measured if "p" in one.row.paper[source]]
+    if p_values:
+        n = TEST_IMAGES[source]
+        found.append(
+            f"The printed P-values cannot be paired t-tests over images: with the paper's {n} test images the "
+            "smallest in this "
+            f"table, {min(p_values):.3g}, would need |t| = {needed_t(min(p_values), n):,.0f}. The unit must have "
+            "been patches or "
+            f"nuclei, which are not independent. The smallest Wilcoxon p that {n} images can give is {2 / 2**n:.1e}."
+        )
+    return found
+
+
+def _other_segmenter(one, measured: Sequence) -> bool:
+    reference = next((other for other in measured if other.row.key == one.row.reference), None)
+    return bool(reference and one.found and reference.found and reference.segmenter != one.segmenter)
+
+
+def _same_runs(measured: Sequence) -> list[str]:
+    groups: dict[tuple, list[str]] = {}
+    for one in measured:
+        if one.found:
+            groups.setdefault(one.planned, []).append(one.label)
+    return [f"One and the same runs: {'; '.join(labels)}." for labels in groups.values() if len(labels) > 1]
+
+
+def _footnotes(dataset: str) -> list[str]:
+    name = {"kumar": "TCGA-KUMAR", "tnbc": "TNBC"}.get(dataset)
+    lines = [line for line in printed("table4_footnotes.csv") if line["dataset"] == name]
+    items = [f"{line['item']} {line['aji']}" + (f" / {line['dice']}" if line["dice"] else "") for line in lines]
+    return [f"The paper's footnotes, AJI / Dice: {'; '.join(items)}."] if items else []
+
+
+def _all(values: pd.Series) -> str:
+    return ", ".join(sorted(map(str, values.unique())))

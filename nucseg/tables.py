@@ -1,0 +1,332 @@
+"""Tables I-VI (Sec. IV) from ``results.csv`` alone: the paper's printed numbers beside ours.
+
+Ours is the mean over the test images for each seed, then mean and standard deviation over seeds (A38). The P-values
+compare a row with the row that the paper compares it with, image by image, seeds averaged per image first
+(REFERENCE 4.6, A40). Columns headed "paper" hold printed numbers, and no other column does: a row that was not run has
+none of ours. CSV, Markdown, LaTeX and HTML are written from the same frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nucseg import table_formats, table_notes
+from nucseg.experiments import TABLES, Experiment, GridSettings, Row, experiments_of, rows
+from nucseg.results import EXPERIMENT, SCORES, ResultsError, check_results
+from nucseg.stats import effect_size, holm, paired_tests
+from nucseg.store import write_text
+
+NOT_IN_PROFILE = "not run in this profile"
+NOT_YET = "not run yet"
+DATASET_NAMES = {"kumar": "Kumar", "tnbc": "TNBC", "monuseg": "MoNuSeg"}
+METRIC_NAMES = {"aji": "AJI", "dice": "Dice", "aji_seen": "AJI-s", "aji_unseen": "AJI-u"}
+COMPARISON = ("mean difference", "CI low", "CI high", "t p", "t p Holm", "Wilcoxon p", "Wilcoxon p Holm", "effect size")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to be written.
+
+    Attributes
+    ----------
+    number, dataset, profile, title
+        ``"I"`` to ``"VI"``, what it was run on, with which profile, and what it shows.
+    frame
+        One line per row: numbers unrounded, NaN where there is none. Columns headed ``paper`` hold printed numbers,
+        those headed ``ours`` what was measured here.
+    notes
+        The text under the table, one paragraph each.
+    """
+
+    number: str
+    dataset: str
+    profile: str
+    title: str
+    frame: pd.DataFrame
+    notes: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """The line above the table."""
+        return f"Table {self.number}. {self.title} ({DATASET_NAMES.get(self.dataset, self.dataset)}, {self.profile})"
+
+    def _repr_html_(self) -> str:
+        header, cells = table_formats.cells(self.frame)
+        return table_formats.html_fragment(self.caption, header, cells, self.notes)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What results.csv holds for one row."""
+
+    row: Row
+    label: str
+    segmenter: str
+    planned: tuple[Experiment, ...]
+    found: tuple[Experiment, ...]
+    lines: pd.DataFrame  # the last round of every seed found
+    best: pd.DataFrame  # the round of best validation AJI of every seed found
+    status: str
+
+    def mean(self, metric: str, lines: pd.DataFrame | None = None) -> tuple[float, float]:
+        """Return mean and standard deviation over seeds of the mean over images; NaN where there is none."""
+        lines = self.lines if lines is None else lines
+        if not len(lines):
+            return np.nan, np.nan
+        seeds = lines.groupby("seed")[metric].mean()
+        return float(seeds.mean()), float(seeds.std(ddof=1)) if len(seeds) > 1 else np.nan
+
+    def images(self, metric: str = "aji") -> pd.Series:
+        """Return one score per image, averaged over seeds."""
+        return self.lines.groupby("image_id")[metric].mean()
+
+
+def make_table(
+    table: str,
+    results: pd.DataFrame,
+    dataset: str,
+    settings: GridSettings,
+    *,
+    runs: pd.DataFrame | None = None,
+    reasons: Mapping[str, str] | None = None,
+) -> Table:
+    """Make one table from results.
+
+    Parameters
+    ----------
+    table
+        ``"I"`` to ``"VI"``.
+    results
+        Lines of one ``results.csv``, as `nucseg.results.read_results` returns them; other datasets' lines are ignored.
+    dataset
+        What the rows were run on.
+    settings
+        The profile's grid: it says which experiments stand behind a row, and which rows are not run.
+    runs
+        Lines of ``runs.csv``, for the time spent.
+    reasons
+        Why something is missing, by row id, segmenter or augmentation: ``{"dist": "no such model yet"}``.
+
+    Raises
+    ------
+    ResultsError
+        If the results hold several profiles, an experiment twice (two encoders), or with other images than the rest.
+    ValueError
+        For an unknown table, or a dataset that `settings.k1` does not know.
+    """
+    results = check_results(results)
+    lines = results[results["dataset"] == dataset]
+    profiles = sorted(lines["profile"].unique())
+    if len(profiles) > 1:
+        raise ResultsError(f"results of several profiles, {', '.join(profiles)}: a table shows one")
+    measured = _measure(rows(table), lines, dataset, settings, reasons or {})
+    source = _source(table, dataset)
+    if table == "V":
+        frame = pd.DataFrame(_organ_columns(measured, dataset, lines))
+    else:
+        frame = pd.DataFrame([_columns(one, table, dataset, source) for one in measured])
+        frame = _with_tests(frame, measured, source, dataset)
+    if table == "IV":
+        for name in ("AJI", "Dice"):
+            frame.insert(list(frame).index(f"ours {name}") + 1, f"ours {name} rank", _ranks(frame[f"ours {name}"]))
+    frame["images"] = [one.lines["image_id"].nunique() for one in measured]
+    frame["seeds"] = [len(one.found) for one in measured]
+    frame["runs"] = [" ".join(sorted({run[:8] for run in one.lines["run_id"]})) for one in measured]
+    used = pd.concat([one.lines for one in measured], ignore_index=True) if measured else lines
+    notes = table_notes.notes(table, dataset, source, measured, used, runs)
+    return Table(table, dataset, profiles[0] if profiles else "no results", table_notes.TITLES[table], frame, notes)
+
+
+def make_tables(
+    results: pd.DataFrame,
+    dataset: str,
+    settings: GridSettings,
+    *,
+    runs: pd.DataFrame | None = None,
+    reasons: Mapping[str, str] | None = None,
+) -> tuple[Table, ...]:
+    """Make all six tables; arguments and errors are those of `make_table`."""
+    return tuple(make_table(name, results, dataset, settings, runs=runs, reasons=reasons) for name in TABLES)
+
+
+def write_table(table: Table, folder: str | Path, suffix: str = "") -> tuple[Path, ...]:
+    """Write a table as CSV (unrounded), Markdown, LaTeX and HTML, each moved into place when it is complete.
+
+    The files are ``table<number>_<dataset><suffix>`` with ``.csv``, ``.md``, ``.tex`` and ``.html``, the number in
+    Arabic digits; existing files are replaced.
+    """
+    header, cells = table_formats.cells(table.frame)
+    texts = {
+        "csv": table.frame.to_csv(index=False, float_format="%.6g"),
+        "md": table_formats.markdown(table.caption, header, cells, table.notes),
+        "tex": table_formats.latex(table.caption, header, cells, table.notes),
+        "html": table_formats.html_page(table.caption, header, cells, table.notes),
+    }
+    name = f"table{TABLES.index(table.number) + 1}_{Path(table.dataset).name}{suffix}"
+    paths = tuple(Path(folder) / f"{name}.{ending}" for ending in texts)
+    for path, text in zip(paths, texts.values(), strict=True):
+        write_text(path, text)
+    return paths
+
+
+def budget_curve_frame(results: pd.DataFrame, metric: str = "aji") -> pd.DataFrame:
+    """Return a score against the share of annotated pixels, one line per strategy and budget.
+
+    Columns: dataset, selection, augmentation, segmenter, encoder, rounds, k1, k2, ``label_share`` (mean over seeds),
+    ``mean`` (over images, then seeds), ``low`` and ``high`` (lowest and highest seed), ``sd`` over seeds, ``seeds``,
+    ``images``. Models are those of the last round. Full supervision has the share 1.
+    """
+    results = check_results(results)
+    last = results[results["round"] == results["rounds"]]
+    same = ["dataset", "selection", "augmentation", "segmenter", "encoder", "rounds", "k1", "k2"]
+    seeds = last.groupby([*same, "seed"], as_index=False).agg(
+        label_share=("label_share", "mean"), score=(metric, "mean"), images=("image_id", "nunique")
+    )
+    curve = seeds.groupby(same, as_index=False).agg(
+        label_share=("label_share", "mean"),
+        mean=("score", "mean"),
+        low=("score", "min"),
+        high=("score", "max"),
+        sd=("score", "std"),
+        seeds=("seed", "nunique"),
+        images=("images", "max"),
+    )
+    return curve.sort_values([*same[:-2], "label_share"], ignore_index=True)
+
+
+def _source(table: str, dataset: str) -> str:
+    """Return the dataset whose printed numbers stand beside ours: only Table IV is printed for all three."""
+    return dataset if table == "IV" and dataset in DATASET_NAMES else "kumar"
+
+
+def _paper(source: str, dataset: str) -> str:
+    """Return the heading of printed numbers, which names their data when ours are other data."""
+    return "paper" if source == dataset else f"paper ({DATASET_NAMES[source]})"
+
+
+def _measure(
+    table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings: GridSettings, reasons: Mapping[str, str]
+) -> list[_Measured]:
+    results = {Experiment(*key): group for key, group in lines.groupby(list(EXPERIMENT), sort=False)}
+    images = set(lines["image_id"])
+    made = []
+    for row in table:
+        planned = experiments_of(row, dataset, settings)
+        last = {e: results[e][results[e]["round"] == e.rounds] for e in planned if e in results}
+        last = {e: group for e, group in last.items() if len(group)}
+        for experiment, group in last.items():
+            if group["image_id"].duplicated().any():
+                encoders = ", ".join(sorted(group["encoder"].unique()))
+                raise ResultsError(f"{experiment}: results twice, with the encoders {encoders}; a table shows one")
+            if set(group["image_id"]) != images:
+                lack = sorted(images - set(group["image_id"]))
+                raise ResultsError(f"{experiment}: no result for image(s) {', '.join(lack[:3])}; run it to its end")
+        found = tuple(last)
+        best = [results[e][results[e]["best"] == 1] for e in found]
+        segmenter = settings.segmenter(row)
+        label = row.label if segmenter == row.spec.segmenter else f"{row.label} [run with {segmenter}]"
+        if not found:
+            named = (row.id, segmenter, row.spec.augmentation)
+            default = NOT_YET if settings.runs(row) else NOT_IN_PROFILE
+            status = next((reasons[name] for name in named if name in reasons), default)
+        else:
+            status = "run" if len(found) == len(planned) else f"{len(found)} of {len(planned)} seeds"
+        none = lines.iloc[:0]
+        made.append(
+            _Measured(
+                row,
+                label,
+                segmenter,
+                planned,
+                found,
+                pd.concat(last.values(), ignore_index=True) if found else none,
+                pd.concat(best, ignore_index=True) if found else none,
+                status,
+            )
+        )
+    return made
+
+
+def _columns(one: _Measured, table: str, dataset: str, source: str) -> dict[str, object]:
+    paper, printed = _paper(source, dataset), one.row.paper[source]
+    columns: dict[str, object] = {"row": one.label, "id": one.row.id, "status": one.status}
+    if table == "VI":
+        columns |= {"ours K1": one.planned[0].k1, "ours K2": one.planned[0].k2}
+        columns[f"{paper} label share"] = printed["label_share"]
+        columns["ours label share"] = one.mean("label_share")[0]
+    metrics = ("aji_seen", "aji_unseen", "aji", "dice") if table == "III" else ("aji", "dice")
+    for metric in metrics:
+        name = METRIC_NAMES[metric]
+        if metric in SCORES:
+            mean, spread = one.mean(metric)
+        else:
+            mean, spread = one.mean("aji", one.lines[one.lines["seen"] == int(metric == "aji_seen")])
+        columns[f"{paper} {name}"] = printed.get(metric, np.nan)
+        columns[f"ours {name}"], columns[f"ours {name} sd"] = mean, spread
+        # A difference between two datasets says nothing, so there is none.
+        columns[f"{name} ours - paper"] = mean - columns[f"{paper} {name}"] if source == dataset else np.nan
+    columns |= {"ours AJI+": one.mean("aji_plus")[0], "ours PQ": one.mean("pq")[0], "ours F1": one.mean("f1")[0]}
+    if table != "VI":
+        columns["ours AJI best round"] = one.mean("aji", one.best)[0] if one.row.spec.plabel else np.nan
+        columns["ours label share"] = one.mean("label_share")[0]
+    return columns
+
+
+def _organ_columns(measured: list[_Measured], dataset: str, lines: pd.DataFrame) -> list[dict[str, object]]:
+    """Table V: AJI by organ, the printed organs only where ours are the same (Kumar), and the spread over organs."""
+    printed = list(measured[0].row.paper["kumar"]) if dataset == "kumar" else []
+    here = sorted(set(lines["organ"]))
+    organs = [organ for organ in printed if organ in here or not here] + [o for o in here if o not in printed]
+    made = []
+    for one in measured:
+        columns: dict[str, object] = {"row": one.label, "id": one.row.id, "status": one.status}
+        ours = {organ: one.mean("aji", one.lines[one.lines["organ"] == organ]) for organ in organs}
+        for organ in organs:
+            if dataset == "kumar":
+                columns[f"paper {organ}"] = one.row.paper["kumar"].get(organ, np.nan)
+            columns[f"ours {organ}"], columns[f"ours {organ} sd"] = ours[organ]
+        if dataset == "kumar":
+            columns["paper spread"] = np.ptp(list(one.row.paper["kumar"].values()))
+        columns["ours spread"] = np.ptp([mean for mean, _ in ours.values()]) if one.found else np.nan
+        columns["ours AJI"], columns["ours AJI sd"] = one.mean("aji")
+        made.append(columns)
+    return made
+
+
+def _with_tests(frame: pd.DataFrame, measured: list[_Measured], source: str, dataset: str) -> pd.DataFrame:
+    """Add the comparison of each row with its reference; rows of different segmenters are compared in Table IV only."""
+    if not any(one.row.reference for one in measured):
+        return frame
+    by_key = {one.row.key: one for one in measured}
+    tests = pd.DataFrame(np.nan, index=frame.index, columns=list(COMPARISON))
+    compared = [""] * len(measured)
+    for i, one in enumerate(measured):
+        other = by_key.get(one.row.reference or "")
+        if other is None or not one.found or not other.found or one.planned == other.planned:
+            continue
+        if one.row.table != "IV" and one.segmenter != other.segmenter:
+            continue
+        a, b = one.images(), other.images()
+        pair = (a.to_numpy(), b.to_numpy(), list(a.index), list(b.index))
+        test = paired_tests(*pair)
+        compared[i] = other.label
+        tests.loc[i, ["mean difference", "CI low", "CI high"]] = test[:3]
+        tests.loc[i, ["t p", "Wilcoxon p", "effect size"]] = (test.t_p, test.wilcoxon_p, effect_size(*pair))
+    for name in ("t p", "Wilcoxon p"):
+        tests[f"{name} Holm"] = holm(tests[name])
+    frame = frame.assign(**{"compared with": compared})
+    for name in COMPARISON:
+        frame[name] = tests[name]
+    printed = [one.row.paper[source].get("p", np.nan) for one in measured]
+    if not np.isnan(printed).all():
+        frame[f"{_paper(source, dataset)} P"] = printed
+    return frame
+
+
+def _ranks(values: pd.Series) -> pd.Series:
+    return values.rank(ascending=False, method="min")

@@ -1,0 +1,418 @@
+"""Tables from made-up results: what is ours is computed, what is the paper's stays in its columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from nucseg import table_formats
+from nucseg.experiments import TABLES, GridSettings, experiments_of, grid, rows
+from nucseg.results import SCORES, ResultsError, check_results, empty_results
+from nucseg.stats import holm, paired_tests
+from nucseg.table_notes import needed_t
+from nucseg.tables import NOT_IN_PROFILE, NOT_YET, budget_curve_frame, make_table, make_tables, write_table
+
+SETTINGS = GridSettings(k1={"kumar": 9, "tnbc": 6, "tissue": 3}, rounds=2, seeds=(1, 2), random_seeds=(21, 100))
+ORGANS = ("breast", "breast", "liver", "liver", "colon", "stomach")
+
+
+def lines_of(experiment, scores, *, round=None, best=1, organs=ORGANS, **changes):
+    """Lines of results.csv: one image per score; all metrics but AJI are AJI and a known offset."""
+    made = []
+    for number, aji in enumerate(scores):
+        line = {
+            **dataclasses.asdict(experiment),
+            **{"profile": "sample", "fingerprint": "f00d", "encoder": "lite0", "supervision": experiment.supervision},
+            **{"round": experiment.rounds if round is None else round, "best": best, "image_id": f"image {number}"},
+            **{"organ": organs[number], "seen": int(organs[number] in ("breast", "liver"))},
+            **{"label_share": 0.0123 * experiment.k1 if experiment.k1 else 1.0},
+            **{name: aji + 0.001 * place for place, name in enumerate(SCORES)},
+            **{"aji": aji, "n_true": 100, "n_pred": 90, "run_id": f"{experiment.seed:08d}abcd"},
+        }
+        made.append({**line, **changes})
+    return pd.DataFrame(made)
+
+
+def row(name):
+    return next(r for r in rows(name.split(".")[0]) if r.id == name)
+
+
+def made_up(dataset="kumar", settings=SETTINGS, tables=TABLES, seed=0):
+    """Scores of 2 decimals below 0.39, which no printed AJI or Dice is."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for experiment in grid(dataset, settings, tables):
+        base = rng.uniform(0.1, 0.3)
+        scores = base + rng.normal(0, 0.02, len(ORGANS))
+        frames.append(lines_of(experiment, scores, best=int(experiment.rounds == 0)))
+        if experiment.rounds:
+            frames.append(lines_of(experiment, scores + 0.05, round=1))
+    return pd.concat(frames, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return made_up()
+
+
+def line(table, name):
+    return table.frame.set_index("id").loc[name]
+
+
+def test_ours_is_the_mean_over_images_then_mean_and_deviation_over_seeds():
+    first, second = experiments_of(row("I.cps"), "kumar", SETTINGS)
+    lines = pd.concat([lines_of(first, [0.1, 0.3]), lines_of(second, [0.5, 0.7])])
+    found = line(make_table("I", lines, "kumar", SETTINGS), "I.cps")
+    assert found["ours AJI"] == pytest.approx(0.4)
+    assert found["ours AJI sd"] == pytest.approx(np.std([0.2, 0.6], ddof=1))
+    assert found["paper AJI"] == 0.4920
+    assert found["AJI ours - paper"] == pytest.approx(0.4 - 0.4920)
+    assert (found["images"], found["seeds"], found["status"]) == (2, 2, "run")
+    assert found["ours label share"] == pytest.approx(9 * 0.0123)
+    assert found["runs"] == "00000001 00000002"
+    for name, place in (("AJI+", 2), ("PQ", 5), ("F1", 6), ("Dice", 0)):
+        assert found[f"ours {name}"] == pytest.approx(0.4 + 0.001 * place)
+
+
+def test_one_seed_has_no_deviation_and_says_that_seeds_are_missing():
+    first, _ = experiments_of(row("I.cps"), "kumar", SETTINGS)
+    table = make_table("I", lines_of(first, [0.1, 0.3]), "kumar", SETTINGS)
+    found = line(table, "I.cps")
+    assert np.isnan(found["ours AJI sd"])
+    assert (found["seeds"], found["status"]) == (1, "1 of 2 seeds")
+    assert "0.2000 (1 of 2 seeds)" in table._repr_html_()
+
+
+def test_the_last_round_is_reported_and_the_best_one_stands_beside_it():
+    settings = dataclasses.replace(SETTINGS, seeds=(1,))
+    (experiment,) = experiments_of(row("I.cps-plabel"), "kumar", settings)
+    lines = pd.concat([lines_of(experiment, [0.2, 0.2], best=0), lines_of(experiment, [0.6, 0.6], round=1, best=1)])
+    found = line(make_table("I", lines, "kumar", settings), "I.cps-plabel")
+    assert found["ours AJI"] == pytest.approx(0.2)
+    assert found["ours AJI best round"] == pytest.approx(0.6)
+    # The best round alone is not the result that the table reports.
+    assert line(make_table("I", lines[lines["round"] == 1], "kumar", settings), "I.cps-plabel")["status"] == NOT_YET
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("dataset", ["kumar", "tissue", "tnbc"])
+def test_a_table_without_results_has_printed_numbers_in_paper_columns_and_none_anywhere_else(table, dataset, tmp_path):
+    made = make_table(table, empty_results(), dataset, SETTINGS)
+    others = [name for name in made.frame if not name.startswith("paper") and name not in ("row", "id", "status")]
+    for name in set(others) - {"images", "seeds", "runs", "compared with", "ours K1", "ours K2"}:
+        assert made.frame[name].isna().all(), name
+    assert set(made.frame["status"]) == {NOT_YET}
+    for path in write_table(made, tmp_path):
+        assert NOT_YET in path.read_text()
+    if table != "V" or dataset == "kumar":
+        assert any(name.startswith("paper") for name in made.frame)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("dataset", ["kumar", "tissue"])
+def test_no_printed_number_gets_into_a_column_of_ours(table, dataset):
+    made = make_table(table, made_up(dataset), dataset, SETTINGS)
+    printed = {f"{value:.4f}" for r in rows(table) for numbers in r.paper.values() for value in numbers.values()}
+    header, body = table_formats.cells(made.frame)
+    seen = 0
+    for cells in body:
+        for name, cell in zip(header, cells, strict=True):
+            if name.startswith("ours"):
+                numbers = set(re.findall(r"\d\.\d{4}", cell.text))
+                assert not numbers & printed, (name, cell)
+                seen += len(numbers)
+    assert seen >= 8
+    # and the other way round: a paper column holds nothing but printed numbers (the spread of Table V is their range)
+    values = {value for r in rows(table) for numbers in r.paper.values() for value in numbers.values()}
+    for name in made.frame:
+        if name.startswith("paper") and name != "paper spread":
+            assert set(made.frame[name].dropna()) <= values
+
+
+def test_rows_outside_the_profile_say_so_and_a_missing_model_gives_its_reason(results, tmp_path):
+    settings = dataclasses.replace(SETTINGS, rows={"IV": ("mrcnn", "dist", "hovernet-ours")})
+    lines = results[~results["segmenter"].isin(["dist", "micronet"])]
+    made = make_table("IV", lines, "kumar", settings, reasons={"dist": "no such model yet"})
+    status = made.frame.set_index("id")["status"]
+    assert status["IV.mrcnn"] == "run"
+    assert status["IV.dist"] == "no such model yet"
+    assert status["IV.micronet"] == NOT_IN_PROFILE
+    assert status["IV.hovernet"] == "run"  # there are results, whatever the profile asks for
+    for path in write_table(made, tmp_path):
+        assert "no such model yet" in path.read_text()
+        assert NOT_IN_PROFILE in path.read_text()
+
+
+def test_seen_and_unseen_organs_are_means_of_the_same_images():
+    settings = dataclasses.replace(SETTINGS, seeds=(1,))
+    (experiment,) = experiments_of(row("III.ours"), "kumar", settings)
+    lines = lines_of(experiment, [0.1, 0.2, 0.3, 0.4, 0.6, 0.8])
+    found = line(make_table("III", lines, "kumar", settings), "III.ours")
+    assert found["ours AJI-s"] == pytest.approx(0.25)
+    assert found["ours AJI-u"] == pytest.approx(0.7)
+    assert found["ours AJI"] == pytest.approx(2.4 / 6)  # over images, not the mean of the two
+    assert (found["paper AJI-s"], found["paper AJI-u"]) == (0.5348, 0.5408)
+
+
+def test_table_5_shows_the_organs_at_hand_and_their_spread():
+    settings = dataclasses.replace(SETTINGS, seeds=(1,))
+    (experiment,) = experiments_of(row("V.mrcnn"), "kumar", settings)
+    lines = lines_of(experiment, [0.1, 0.2, 0.3, 0.4, 0.6, 0.8])
+    made = make_table("V", lines, "kumar", settings)
+    found = line(made, "V.mrcnn")
+    assert found["ours breast"] == pytest.approx(0.15)
+    assert found["ours spread"] == pytest.approx(0.8 - 0.15)
+    assert found["paper spread"] == pytest.approx(0.6043 - 0.4355)  # 16.8 points, as the paper says
+    assert [name for name in made.frame if name.startswith("paper")] == [
+        *("paper stomach", "paper liver", "paper breast", "paper colon", "paper spread")
+    ]
+    assert np.isnan(line(made, "V.hovernet")["ours spread"])
+
+
+def test_table_5_of_other_organs_has_no_paper_columns():
+    settings = dataclasses.replace(SETTINGS, seeds=(1,))
+    (experiment,) = experiments_of(row("V.mrcnn"), "tissue", settings)
+    made = make_table("V", lines_of(experiment, [0.1, 0.2], organs=("glandular", "stromal")), "tissue", settings)
+    assert not [name for name in made.frame if name.startswith("paper")]
+    assert line(made, "V.mrcnn")["ours stromal"] == pytest.approx(0.2)
+
+
+def test_comparisons_pair_images_after_averaging_seeds_and_correct_within_the_table(results):
+    made = make_table("I", results, "kumar", SETTINGS)
+    p, compared = [], 0
+    for one in rows("I"):
+        found = line(made, one.id)
+        if one.reference is None:
+            assert np.isnan(found["t p"])
+            assert found["compared with"] == ""
+            continue
+        compared += 1
+        means = []
+        for name in (one.id, f"I.{one.reference}"):
+            lines = [
+                results[(results["seed"] == e.seed) & (results["selection"] == e.selection)
+                        & (results["augmentation"] == "csingan") & (results["segmenter"] == "maskrcnn")
+                        & (results["k1"] == 9) & (results["k2"] == 4)
+                        & (results["rounds"] == e.rounds) & (results["round"] == e.rounds)]["aji"].to_numpy()
+                for e in experiments_of(row(name), "kumar", SETTINGS)
+            ]  # fmt: skip
+            means.append(np.mean(lines, axis=0))
+        expected = paired_tests(*means)
+        assert found["t p"] == pytest.approx(stats.ttest_rel(*means).pvalue)
+        assert found["mean difference"] == pytest.approx(expected.mean_difference)
+        assert (found["CI low"], found["CI high"]) == pytest.approx((expected.ci_low, expected.ci_high))
+        assert found["Wilcoxon p"] == pytest.approx(expected.wilcoxon_p)
+        p.append(found["t p"])
+    assert compared == 8
+    corrected = made.frame["t p Holm"].dropna()
+    np.testing.assert_allclose(corrected, holm(p))
+
+
+def test_substitutes_are_named_in_the_row_and_never_compared_with_another_segmenter():
+    settings = dataclasses.replace(SETTINGS, substitutes={"maskrcnn": "hoverlite"}, keep=("I.cps",))
+    made = make_table("I", made_up("tissue", settings), "tissue", settings)
+    labels = made.frame.set_index("id")["row"]
+    assert labels["I.cps"] == "CPS + MRCNN"
+    assert labels["I.kmeans"] == "K-means + MRCNN [run with hoverlite]"
+    assert np.isnan(line(made, "I.kmeans")["t p"])  # its reference ran with Mask R-CNN
+    assert not np.isnan(line(made, "I.kmeans-plabel")["t p"])  # both ran with the substitute
+    notes = " ".join(made.notes)
+    assert "Not compared, because the reference was run with another segmenter: RndCrop" in notes
+    assert "use hoverlite in place of the paper's maskrcnn" in notes
+
+
+def test_a_row_that_is_the_same_run_as_its_reference_is_not_compared_with_itself():
+    settings = dataclasses.replace(SETTINGS, substitutes={"maskrcnn": "hoverlite", "hovernet": "hoverlite"})
+    made = make_table("IV", made_up("tissue", settings, ["IV"]), "tissue", settings)
+    assert np.isnan(line(made, "IV.mrcnn-ours")["t p"])
+    assert not np.isnan(line(made, "IV.mrcnn")["t p"])
+    assert any(note.startswith("One and the same runs: MRCNN + Ours") for note in made.notes)
+
+
+def test_best_and_second_best_of_table_4_are_marked_among_ours(results, tmp_path):
+    made = make_table("IV", results, "kumar", SETTINGS)
+    order = made.frame.sort_values("ours AJI", ascending=False)
+    assert list(order["ours AJI rank"]) == list(range(1, 10))
+    best, second = (f"{value:.4f}" for value in order["ours AJI"][:2])
+    csv, markdown, latex, html = (path.read_text() for path in write_table(made, tmp_path))
+    assert f"| **{best} ±" in markdown
+    assert f"| *{second} ±" in markdown
+    assert rf"\textbf{{{best} $\pm$" in latex
+    assert f"<u>{second} ±" in html
+    assert "ours AJI rank" in csv
+
+
+def test_table_4_of_tnbc_stands_beside_the_numbers_printed_for_tnbc():
+    made = make_table("IV", made_up("tnbc", tables=["IV"]), "tnbc", SETTINGS)
+    assert line(made, "IV.hovernet-ours")["paper AJI"] == 0.6414
+    assert not np.isnan(line(made, "IV.hovernet-ours")["AJI ours - paper"])
+    assert "would need |t| = 2,128" in " ".join(made.notes)
+
+
+def test_printed_numbers_of_other_data_are_headed_so_and_not_subtracted():
+    made = make_table("I", made_up("tissue"), "tissue", SETTINGS)
+    assert line(made, "I.cps")["paper (Kumar) AJI"] == 0.4920
+    assert made.frame["AJI ours - paper"].isna().all()
+    assert "no difference is taken" in " ".join(made.notes)
+
+
+def test_table_6_computes_label_shares_and_shows_the_k_that_were_run():
+    made = make_table("VI", made_up("tissue"), "tissue", SETTINGS)
+    found = line(made, "VI.k1-12-csingan")
+    assert (found["ours K1"], found["ours K2"]) == (4, 4)
+    assert found["ours label share"] == pytest.approx(4 * 0.0123)
+    assert found["paper (Kumar) label share"] == 0.07
+    assert line(made, "VI.k2-8")["ours K2"] == 8
+
+
+def test_notes_say_what_was_run_on_what(results):
+    runs = pd.DataFrame(
+        {"run_id": ["00000001abcd", "00000002abcd", "elsewhere"], "seconds": [90.0, 60.0, 9e9], "device": "1 GPU"}
+    )
+    notes = " ".join(make_table("II", results, "kumar", SETTINGS, runs=runs).notes)
+    assert "Profile sample; dataset kumar, data version f00d; 6 test images with 600 nuclei; encoder lite0" in notes
+    assert "seeds 1, 2." in notes
+    assert "Time of 2 runs: 2.5 minutes on 1 GPU." in notes
+    assert "2.38e-28, would need |t| = 427" in notes
+    assert "SYNTHETIC" not in notes
+    assert make_table("II", made_up("tissue"), "tissue", SETTINGS).notes[0].startswith("SYNTHETIC DATA.")
+
+
+@pytest.mark.parametrize(("p", "n", "t"), [(5.73e-35, 14, 1380), (5.60e-29, 14, 478), (7.81e-35, 13, 2128)])
+def test_the_printed_p_values_need_the_t_that_the_notes_say(p, n, t):
+    assert needed_t(p, n) == pytest.approx(t, rel=1e-3)
+
+
+def test_images_without_a_nucleus_are_counted_in_the_notes(results):
+    empty = results.copy()
+    empty.loc[empty["image_id"] == "image 3", ["n_true", "n_pred"]] = 0
+    assert "1 image(s) without a nucleus" in " ".join(make_table("I", empty, "kumar", SETTINGS).notes)
+
+
+class _Cells(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.text = [], None
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.text = ""
+
+    def handle_data(self, data):
+        if self.text is not None:
+            self.text += data
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.rows[-1].append(self.text)
+            self.text = None
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_all_four_formats_show_the_same_cells(table, results, tmp_path):
+    made = make_table(table, results, "kumar", SETTINGS)
+    csv, markdown, latex, html = write_table(made, tmp_path)
+    assert csv.name == f"table{TABLES.index(table) + 1}_kumar.csv"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in (csv, markdown, latex, html))
+    header, body = table_formats.cells(made.frame)
+    expected = [header, *[[cell.text for cell in cells] for cells in body]]
+
+    parser = _Cells()
+    parser.feed(html.read_text())
+    assert parser.rows == expected
+
+    lines = [text for text in markdown.read_text().splitlines() if text.startswith("|")]
+    plain = [re.split(r"(?<!\\)\|", text)[1:-1] for text in lines]
+    cleaned = [[re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)\*", "", cell)).strip() for cell in cells] for cells in plain]
+    assert [cleaned[0], *cleaned[2:]] == expected
+
+    inside = latex.read_text().split(r"\toprule")[1].split(r"\bottomrule")[0].replace(r"\midrule", "")
+    tex = [re.split(r"(?<!\\)&", text.removesuffix(r"\\")) for text in inside.splitlines() if text.strip()]
+    assert [len(cells) for cells in tex] == [len(header)] * len(expected)
+    assert not re.search(r"(?<!\\)[%#_]", inside)
+
+    read = pd.read_csv(csv)
+    assert list(read.columns) == list(made.frame.columns)
+    for name in made.frame.select_dtypes("number"):
+        np.testing.assert_allclose(read[name].astype(float), made.frame[name].astype(float), rtol=1e-5)
+
+
+def test_names_from_outside_cannot_break_a_page():
+    header, body = table_formats.cells(pd.DataFrame({"row": ["<b>|&%"], "status": ["run"], "ours AJI": [0.5]}))
+    page = table_formats.html_page("<caption>", header, body, ["a < b"])
+    assert "<b>|" not in page
+    assert "&lt;b&gt;|&amp;%" in page
+    assert r"<b>\|&%" in table_formats.markdown("c", header, body, [])
+    assert r"$<$b$>$$|$\&\%" in table_formats.latex("c", header, body, [])
+
+
+def test_writing_again_replaces_and_a_suffix_keeps_apart(results, tmp_path):
+    made = make_table("I", results, "kumar", SETTINGS)
+    assert write_table(made, tmp_path) == write_table(made, tmp_path)
+    other = write_table(made, tmp_path, suffix="_hoverlite")
+    assert other[0].name == "table1_kumar_hoverlite.csv"
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+@pytest.mark.parametrize("table", ["I", "V"])
+def test_a_table_is_made_from_any_order_of_lines(table, results):
+    shuffled = results.sample(frac=1, random_state=0)[sorted(results.columns)]
+    one, other = (make_table(table, lines, "kumar", SETTINGS) for lines in (results, shuffled))
+    pd.testing.assert_frame_equal(one.frame, other.frame)
+    assert one.notes == other.notes
+
+
+def test_all_six_tables_are_made_in_order():
+    assert tuple(table.number for table in make_tables(empty_results(), "kumar", SETTINGS)) == TABLES
+
+
+def test_results_that_do_not_belong_together_are_refused(results):
+    with pytest.raises(ResultsError, match="several profiles, paper, sample"):
+        make_table("I", pd.concat([results, results.assign(profile="paper")]), "kumar", SETTINGS)
+    with pytest.raises(ResultsError, match="with the encoders lite0, resnet50"):
+        make_table("I", pd.concat([results, results.assign(encoder="resnet50")]), "kumar", SETTINGS)
+    unfinished = results.drop(results[(results["selection"] == "kmeans") & (results["image_id"] == "image 2")].index)
+    with pytest.raises(ResultsError, match="no result for image\\(s\\) image 2; run it to its end"):
+        make_table("I", unfinished, "kumar", SETTINGS)
+    with pytest.raises(ValueError, match="table: unknown name 'VII'"):
+        make_table("VII", results, "kumar", SETTINGS)
+    with pytest.raises(ValueError, match="no K1 for dataset 'elsewhere'"):
+        make_table("I", results, "elsewhere", SETTINGS)
+
+
+def test_other_datasets_in_the_file_change_nothing(results):
+    both = pd.concat([results, made_up("tnbc", seed=1).assign(fingerprint="beef")], ignore_index=True)
+    pd.testing.assert_frame_equal(
+        make_table("I", both, "kumar", SETTINGS).frame, make_table("I", results, "kumar", SETTINGS).frame
+    )
+
+
+def test_the_budget_curve_has_one_line_per_strategy_and_budget():
+    settings = dataclasses.replace(SETTINGS, random_seeds=(21, 100))
+    frames = []
+    for part in (0.5, 1.0):
+        for name in ("I.rndcrop", "I.cps"):
+            for e in experiments_of(row(name), "kumar", dataclasses.replace(settings, k1={"kumar": int(8 * part)})):
+                frames.append(lines_of(e, [0.2 * part + 0.001 * e.seed, 0.4 * part + 0.001 * e.seed]))
+    curve = budget_curve_frame(pd.concat(frames))
+    assert len(curve) == 4
+    found = curve[(curve["selection"] == "random-crop") & (curve["k1"] == 4)].iloc[0]
+    assert found["label_share"] == pytest.approx(4 * 0.0123)
+    assert found["low"] == pytest.approx(0.15 + 0.021)
+    assert found["high"] == pytest.approx(0.15 + 0.1)
+    assert found["mean"] == pytest.approx(0.15 + 0.0605)
+    assert (found["seeds"], found["images"]) == (2, 2)
+    assert list(curve[curve["selection"] == "cps"]["k1"]) == [4, 8]
+    assert budget_curve_frame(empty_results()).empty
+
+
+def test_the_made_up_results_are_valid(results):
+    check_results(results)
