@@ -1,8 +1,10 @@
-"""NaiveAug (Sec. IV-A, IV-D; REFERENCE A28): the augmentation that every arm shares, a whole batch at a time on its device.
+"""NaiveAug (Sec. IV-A, IV-D; REFERENCE A28): the augmentation that every arm shares, a whole batch at a time on its
+device.
 
-The paper lists rotation by 90/180/270 degrees, flips, Gaussian blur, Gaussian noise and colour jitter, without sizes; the sizes
-below are ours [deviation: none are printed]. Stain jitter perturbs haematoxylin and eosin themselves, in optical density.
-Arbitrary rotation and scaling are off by default, as in the paper, and are there for the stronger settings of a profile.
+The paper lists rotation by 90/180/270 degrees, flips, Gaussian blur, Gaussian noise and colour jitter, without sizes;
+the sizes below are ours [deviation: none are printed]. Stain jitter perturbs haematoxylin and eosin themselves, in
+optical density. Arbitrary rotation and scaling are off by default, as in the paper, and are there for the stronger
+settings of a profile.
 """
 
 from __future__ import annotations
@@ -103,11 +105,13 @@ def augment(
         In [0, 1].
     label_maps
         Their label maps, same device. Labels move with the pixels (nearest neighbour) and keep their ids.
+    config
+        What to change, and how much.
     generator
         Source of all randomness, on the CPU or on the images' device (faster, for noise).
     size
-        Side of the centred square to return; None keeps the shape. With arbitrary rotation or scale, give windows of side
-        ``config.window(size)``: pixels beyond a window are mirrored, and mirrored nuclei get ids of their own.
+        Side of the centred square to return; None keeps the shape. With arbitrary rotation or scale, give windows of
+        side ``config.window(size)``: pixels beyond a window are mirrored, and mirrored nuclei get ids of their own.
 
     Returns
     -------
@@ -147,7 +151,7 @@ class _Draw:
 def _move(
     images: Tensor, label_maps: Tensor, config: AugmentConfig, draw: _Draw, size: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Rotate, mirror and scale about the centre: one gather for the labels, one gather or grid sample for the images."""
+    """Rotate, mirror and scale about the centre: a gather for labels, a gather or grid sample for images."""
     b, _, h, w = images.shape
     out_h, out_w = (h, w) if size is None else (size, size)
     if out_h == h and out_w == w and not (config.rot90 or config.flip or config.resamples):
@@ -195,7 +199,7 @@ def _move(
 
 
 def _mirror(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Fold positions beyond [0, length) back by mirroring at the edges; also return which mirrored tile they came from."""
+    """Mirror positions beyond [0, length) at the edges; also return in which mirrored tile they were."""
     tile = torch.div(position, length, rounding_mode="floor")
     inside = position - tile * length
     return torch.where(tile % 2 == 0, inside, length - 1 - inside), tile

@@ -1,7 +1,7 @@
 """Whole-image prediction: overlapping tiles blended without seams, flip and rotation averaging, bounded memory.
 
-Deviation: the published HoVer-Net code sets tiles edge to edge; here they overlap and fade into each other, and every arm is
-tested in the same way (REFERENCE A32).
+Deviation: the published HoVer-Net code sets tiles edge to edge; here they overlap and fade into each other, and every
+arm is tested in the same way (REFERENCE A32).
 """
 
 from __future__ import annotations
@@ -69,13 +69,17 @@ class DenseModel(Protocol):
 def predict_maps(model: DenseModel, image: np.ndarray, config: InferenceConfig) -> Float[np.ndarray, "c h w"]:
     """Predict the maps of an image, tile by tile.
 
-    The image is mirrored outwards by half an overlap, so that each of its pixels lies where some tile has full weight; tiles
-    fade into each other by a raised cosine. The model is put in eval mode and back.
+    The image is mirrored outwards by half an overlap, so that each of its pixels lies where some tile has full weight;
+    tiles fade into each other by a raised cosine. The model is put in eval mode and back.
 
     Parameters
     ----------
+    model
+        Its weights say on which device all of this happens.
     image
         (H, W, 3) uint8; held on the device together with its maps, so at most `config.block` on a side for large ones.
+    config
+        Tiles and views.
     """
     check_image(image)
     device = next(model.parameters()).device
@@ -145,26 +149,33 @@ def predict_instances(
     ----------
     segment
         Segments one block, (H, W, 3) uint8.
+    image
+        (H, W, 3) uint8, any size from 32 pixels.
+    config
+        Block and overlap.
     """
     check_image(image)
     if max(image.shape[:2]) <= config.block:
         return segment(image)
     return merge_tiles(
-        ((row, col, segment(np.ascontiguousarray(block))) for row, col, block in tiles_of(image, config.block, config.overlap)),
-        image.shape[:2],
+        ((row, col, segment(np.ascontiguousarray(block))) for row, col, block in tiles_of(image, config.block,
+        config.overlap)), image.shape[:2],
     )  # fmt: skip
 
 
 def tiles_of(image: np.ndarray, tile: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Cut an image into tiles of at most `tile` pixels a side that share `overlap` pixels: row, column, pixels (views)."""
+    """Cut an image into tiles of at most `tile` pixels a side that share `overlap` pixels: row, column, view."""
     height, width = image.shape[:2]
     for row in _starts(height, min(tile, height), overlap, inside=True):
         for col in _starts(width, min(tile, width), overlap, inside=True):
             yield row, col, image[row : row + tile, col : col + tile]
 
 
+_NEAR = 8  # pixels; a nucleus this close to a border between tiles is less sure than the neighbour's view of it
+
+
 class _Piece(NamedTuple):
-    cut: bool  # by a border between tiles
+    cut: bool  # by a border between tiles, or close to one
     score: float
     row: int
     col: int
@@ -175,8 +186,8 @@ class _Piece(NamedTuple):
 def merge_tiles(tiles: Iterable[tuple[int, int, Instances]], shape: tuple[int, int]) -> Instances:
     """Join the nuclei of overlapping tiles into one label map, each nucleus once.
 
-    Whole nuclei come before those that a tile border cuts, and among these the more certain ones. A nucleus already more than half
-    covered is a duplicate; two cut pieces that agree where both tiles look are one nucleus.
+    Whole nuclei come before those that a tile border cuts, and among these the more certain ones. A nucleus already
+    more than half covered is a duplicate; two cut pieces that agree where both tiles look are one nucleus.
 
     Parameters
     ----------
@@ -192,10 +203,10 @@ def merge_tiles(tiles: Iterable[tuple[int, int, Instances]], shape: tuple[int, i
             if box is None:
                 continue
             cut = (
-                (box[0].start == 0 and row > 0)
-                or (box[1].start == 0 and col > 0)
-                or (box[0].stop == labels.shape[0] and bottom < shape[0])
-                or (box[1].stop == labels.shape[1] and right < shape[1])
+                (box[0].start < _NEAR and row > 0)
+                or (box[1].start < _NEAR and col > 0)
+                or (box[0].stop > labels.shape[0] - _NEAR and bottom < shape[0])
+                or (box[1].stop > labels.shape[1] - _NEAR and right < shape[1])
             )
             place = (row + box[0].start, col + box[1].start)
             pieces.append(_Piece(cut, float(scores[i]), *place, labels[box] == i + 1, (row, col, bottom, right)))
@@ -249,7 +260,7 @@ def _up(length: int, multiple: int) -> int:
 
 
 def _starts(length: int, tile: int, overlap: int, inside: bool = False) -> list[int]:
-    """First pixels of the tiles that cover `length`; the last one may reach beyond it, or with `inside` is moved back."""
+    """First pixels of the tiles that cover `length`; the last may reach beyond, or is moved back with `inside`."""
     stride = max(tile - overlap, 1)
     starts = list(range(0, max(length - overlap, 1), stride))
     if inside:

@@ -1,8 +1,8 @@
 """The one training loop (Sec. III-C, IV-A), the same for every segmenter and every arm.
 
-Deviation: the paper counts epochs (200 for Mask R-CNN, 100 for HoVer-Net); the arms hold 9, 459 or 1,059 images, so epochs would
-give them different budgets. Here every arm gets the same number of iterations (REFERENCE A30). All images stay on the device;
-crops, augmentation and targets of a whole batch are made there.
+Deviation: the paper counts epochs (200 for Mask R-CNN, 100 for HoVer-Net); the arms hold 9, 459 or 1,059 images, so
+epochs would give them different budgets. Here every arm gets the same number of iterations (REFERENCE A30). All images
+stay on the device; crops, augmentation and targets of a whole batch are made there.
 """
 
 from __future__ import annotations
@@ -119,8 +119,11 @@ def train(
         Trained in place; afterwards it holds the last weights (averaged ones with `config.ema`) and is in eval mode.
     pairs
         Image (H, W, 3) uint8 and label map (H, W) each, of any sizes; smaller ones than a crop are mirrored outwards.
+    config
+        Every number.
     seed
-        Of crops, augmentation and dropout; equal seeds give equal weights on the CPU. Global random states stay as they are.
+        Of crops, augmentation and dropout; equal seeds give equal weights on the CPU. Global random states stay as they
+        are.
     augment
         None for no augmentation.
     validate
@@ -235,8 +238,9 @@ _augment = augment  # `train` has a parameter of that name
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
     """Return the rate of an iteration, counted from 1.
 
-    ``one-cycle`` rises from lr/25 to lr and falls to lr/25e4 along cosines, as `torch.optim.lr_scheduler.OneCycleLR` without
-    its cycling momentum; ``cosine-warmup`` rises linearly and falls to 0; ``constant`` rises linearly and stays.
+    ``one-cycle`` rises from lr/25 to lr and falls to lr/25e4 along cosines, as `torch.optim.lr_scheduler.OneCycleLR`
+    without its cycling momentum; ``cosine-warmup`` rises linearly and falls to 0; ``constant`` rises linearly and
+    stays.
     """
     done = (iteration - 1) / max(config.iterations - 1, 1)
     rising = done < config.warmup

@@ -1,13 +1,13 @@
 """What HoVer-Net and its light relative share: targets, losses, post-processing (REFERENCE section 5, A36).
 
-HoVer-Net (Graham et al. 2019) predicts for each pixel whether it is nucleus (NP) and how far it lies right of and below the
-centroid of its nucleus, each side scaled to [-1, 1] (HV). Where nuclei touch, HV jumps from +1 to -1.
+HoVer-Net (Graham et al. 2019) predicts for each pixel whether it is nucleus (NP) and how far it lies right of and below
+the centroid of its nucleus, each side scaled to [-1, 1] (HV). Where nuclei touch, HV jumps from +1 to -1.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -95,8 +95,11 @@ class HoverSegmenter(Segmenter):
 
     def predict_instances(self, image: np.ndarray) -> Instances:
         """Segment a whole image; large ones block by block, in bounded memory."""
-        return predict_instances(lambda block: instances_from_maps(predict_maps(self, block, self.inference), self.hover),
-                                 image, self.inference)  # fmt: skip
+
+        def segment(block: np.ndarray) -> Instances:
+            return instances_from_maps(predict_maps(self, block, self.inference), self.hover)
+
+        return predict_instances(segment, image, self.inference)
 
 
 def hv_targets(
@@ -148,7 +151,7 @@ def hover_losses(
     inside: Bool[Tensor, "b h w"],
     target: Float[Tensor, "b 2 h w"],
 ) -> dict[str, Float[Tensor, ""]]:
-    """Cross-entropy and Dice (both channels, smooth 1e-3) of NP; squared error of HV and of its gradients inside nuclei."""
+    """Cross-entropy and Dice (both channels, smooth 1e-3) of NP; squared error of HV and, in nuclei, of its gradients."""
     logits, hv = logits.float(), hv.float()
     truth = torch.stack((~inside, inside), dim=1).float()
     probability = logits.softmax(dim=1)

@@ -28,17 +28,24 @@ class HoverLiteConfig:
     widths
         Channels of the decoder at strides 16, 8, 4, 2 and, with a fifth number, 1. With four, maps are made at stride 2
         and enlarged: a third of the time.
+    frozen
+        Encoder levels (strides 2, 4, 8, 16, 32) that keep their pretrained weights and statistics, finest first: 0
+        trains everything, 5 the decoder alone. The finest levels cost most and change least: 2 halves a step on the
+        CPU.
     hover, inference
         Losses and post-processing; tiles and averaging of whole images.
     """
 
     widths: tuple[int, ...] = (256, 128, 64, 48, 32)
+    frozen: int = 0
     hover: HoverConfig = field(default_factory=HoverConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
         if len(self.widths) not in (4, 5) or min(self.widths) < 1:
             raise ValueError(f"widths must be four or five positive numbers, got {self.widths}")
+        if not 0 <= self.frozen <= 5:
+            raise ValueError(f"frozen must be 0 to 5 encoder levels, got {self.frozen}")
 
 
 class HoverLite(HoverSegmenter):
@@ -59,6 +66,9 @@ class HoverLite(HoverSegmenter):
             for module in self.encoder.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
+        self.fixed = _first_levels(self.encoder.net, config.frozen)
+        for module in self.fixed:
+            module.requires_grad_(False)
         skips = (*self.encoder.channels[-2::-1], 0)  # strides 16, 8, 4, 2 and the image's own
         below = self.encoder.channels[-1]
         self.decoder = nn.ModuleList()
@@ -67,6 +77,13 @@ class HoverLite(HoverSegmenter):
             below = width
         self.np_head = nn.Sequential(_block(below, below), nn.Conv2d(below, 2, 1))
         self.hv_head = nn.Sequential(_block(below, below), nn.Conv2d(below, 2, 1))
+
+    def train(self, mode: bool = True) -> HoverLite:
+        """Switch the mode of all but the fixed levels, whose batch statistics stay the pretrained ones."""
+        super().train(mode)
+        for module in self.fixed:
+            module.eval()
+        return self
 
     def heads(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b 2 h w"], Float[Tensor, "b 2 h w"]]:
         """Return NP logits and HV at the input's resolution; any size, enlarged to a multiple of 32 by mirroring."""
@@ -82,6 +99,16 @@ class HoverLite(HoverSegmenter):
             maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
         maps = maps[..., :h, :w]
         return maps[:, :2], maps[:, 2:]
+
+
+def _first_levels(net: nn.Module, count: int) -> list[nn.Module]:
+    """Return the modules of a timm feature network that make its finest `count` maps."""
+    if not count:
+        return []
+    last = net.feature_info.module_name(count - 1)
+    leaves = [(name, module) for name, module in net.named_modules() if not list(module.children())]
+    end = max(i for i, (name, _) in enumerate(leaves) if name == last or name.startswith(f"{last}."))
+    return [module for _, module in leaves[: end + 1]]  # defined in the order in which they compute
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
