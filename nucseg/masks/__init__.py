@@ -1,14 +1,13 @@
-"""Mask synthesis (Sec. III-B): `synthesis` is the paper's, `hou` what it is compared with, `realism` measures both."""
+"""Mask synthesis (Sec. III-B): `pool` and `synthesis` are the paper's, `hou` its rival, `realism` measures both."""
 
 from nucseg.masks.hou import hou_density, hou_polygons
+from nucseg.masks.pool import MaskConfig, Nucleus, Pool, nucleus_pool
 from nucseg.masks.realism import STATISTICS, realism, shape_statistics
 from nucseg.masks.synthesis import (
-    MaskConfig,
     MaskReport,
     MaskWarning,
-    Nucleus,
-    Pool,
-    nucleus_pool,
+    SynthesisSteps,
+    synthesis_steps,
     synthesize_masks,
     synthesize_with_report,
 )
@@ -20,11 +19,13 @@ __all__ = [
     "MaskWarning",
     "Nucleus",
     "Pool",
+    "SynthesisSteps",
     "hou_density",
     "hou_polygons",
     "nucleus_pool",
     "realism",
     "shape_statistics",
+    "synthesis_steps",
     "synthesize_masks",
     "synthesize_with_report",
 ]

@@ -30,116 +30,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from nucseg.labels import check_label_map, relabel
+from nucseg.masks.pool import MaskConfig, Nucleus, Pool, nucleus_pool
+
+_DEFAULTS = MaskConfig()
 
 
 class MaskWarning(UserWarning):
     """Synthetic masks are not quite what was asked for: fewer nuclei than in the patch, or shapes cut by its border."""
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """Settings of the mask synthesis; the defaults are those of A13-A15.
-
-    Attributes
-    ----------
-    margin
-        Pixels cut from each side of the canvas: h' = w' = size + 2 margin.
-    q
-        Placements Q per mask; None places until the crop holds `density` times the foreground of the source patch.
-    density
-        Foreground wanted, relative to the source patch; only used when `q` is None.
-    tolerance
-        Relative error of the foreground at which a mask is accepted, and below which it is reported as too sparse.
-    min_area
-        Instances of fewer pixels are neither put in E nor kept after the crop.
-    touch
-        0: the full radius R_q and at least one background pixel between nuclei; towards 1 the radius shrinks to
-        (1 - touch) R_q and nuclei may touch, but never overlap.
-    copies
-        Augmented copies of the patch that fill E; the first is the patch itself.
-    crop
-        Smallest side of the random crop of a copy, relative to the patch. Nuclei that it cuts are left out.
-    tries
-        Random positions tested when a nucleus has to fit by its shape.
-    passes
-        Nuclei in a row for which no room was found, after which the map counts as full.
-    redraws
-        Times a mask is drawn again when its foreground misses the tolerance; the nearest one is kept.
-    """
-
-    margin: int = 22
-    q: int | None = None
-    density: float = 1.0
-    tolerance: float = 0.2
-    min_area: int = 20
-    touch: float = 0.0
-    copies: int = 6
-    crop: float = 0.8
-    tries: int = 256
-    passes: int = 20
-    redraws: int = 5
-
-    def __post_init__(self) -> None:
-        for name, low in (("margin", 0), ("min_area", 1), ("copies", 1), ("tries", 1), ("passes", 1), ("redraws", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.q is not None and self.q < 1:
-            raise ValueError(f"q must be at least 1 or None, got {self.q}")
-        for name in ("density", "tolerance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.touch <= 1:
-            raise ValueError(f"touch must lie in 0..1, got {self.touch}")
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"crop must lie in 0..1 (0 excluded), got {self.crop}")
-
-
-@dataclass(frozen=True, eq=False)
-class Nucleus:
-    """One member of E.
-
-    Attributes
-    ----------
-    mask
-        (h, w) bool, the tight bounding box.
-    centre
-        Row and column of the insertion point inside `mask`: the rounded centroid.
-    reach
-        R_q: largest distance from the insertion point to a pixel of the nucleus.
-    depth
-        Distance from the insertion point to the nearest pixel outside the nucleus; 0 if it lies outside itself.
-    source
-        Which nucleus of the patch it came from, counted from 0 over those in E.
-    """
-
-    mask: np.ndarray
-    centre: tuple[int, int]
-    reach: float
-    depth: float
-    source: int
-
-
-@dataclass(frozen=True, eq=False)
-class Pool:
-    """The set E, and how often each nucleus of the patch is drawn.
-
-    Attributes
-    ----------
-    nuclei
-        All members, in the order of the copies.
-    members
-        For each nucleus of the patch, the indices of its copies in `nuclei`.
-    weights
-        For each nucleus of the patch, its probability; they sum to 1.
-    whole
-        False when E had to be filled with nuclei cut by the patch's border.
-    """
-
-    nuclei: tuple[Nucleus, ...]
-    members: tuple[tuple[int, ...], ...]
-    weights: np.ndarray
-    whole: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,89 +66,6 @@ class MaskReport:
     placements: tuple[np.ndarray, ...]
     passed: np.ndarray
     reached: np.ndarray
-
-
-def _nucleus(mask: np.ndarray, source: int) -> Nucleus:
-    rows, cols = np.nonzero(mask)
-    mask = mask[rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
-    rows, cols = rows - rows.min(), cols - cols.min()
-    row, col = round(float(rows.mean())), round(float(cols.mean()))
-    reach = float(np.sqrt(((rows - row) ** 2 + (cols - col) ** 2).max()))
-    outside = np.argwhere(~np.pad(mask, 1)) - 1
-    depth = float(np.sqrt(((outside - (row, col)) ** 2).sum(axis=1).min()))
-    return Nucleus(np.ascontiguousarray(mask), (row, col), reach, depth, source)
-
-
-def _largest_part(mask: np.ndarray) -> np.ndarray:
-    parts, n = ndimage.label(mask, np.ones((3, 3), int))
-    return mask if n <= 1 else parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-
-
-def _turned(mask: np.ndarray, angle: float, flip: bool) -> np.ndarray:
-    """Flip and rotate one shape; linear interpolation, cut at one half, keeps area and outline smooth."""
-    mask = mask[:, ::-1] if flip else mask
-    quarters, rest = divmod(angle, 90.0)
-    mask = np.rot90(mask, int(quarters))
-    if rest:
-        mask = ndimage.rotate(np.pad(mask, 2).astype(np.float32), rest, order=1, reshape=True) >= 0.5
-    return _largest_part(mask)
-
-
-def nucleus_pool(labels: np.ndarray, seed: int = 0, config: MaskConfig = MaskConfig()) -> Pool:
-    """Collect E: the nuclei of flipped, rotated and cropped copies of a label map (Sec. III-B).
-
-    Parameters
-    ----------
-    labels
-        Label map (H, W) of the annotated patch. Of a nucleus in several pieces the largest is used.
-    seed
-        Decides angles, flips and crops.
-    config
-        `copies`, `crop` and `min_area` matter here.
-
-    Raises
-    ------
-    ValueError
-        If no nucleus has `min_area` pixels.
-    """
-    check_label_map(labels)
-    height, width = labels.shape
-    labels = relabel(labels)
-    whole, cut = [], []
-    for index, box in enumerate(ndimage.find_objects(labels), start=1):
-        mask = _largest_part(labels[box] == index)
-        if mask.sum() < config.min_area:
-            continue
-        (top, bottom), (left, right) = ((axis.start, axis.stop) for axis in box)
-        inside = top > 0 and left > 0 and bottom < height and right < width
-        (whole if inside else cut).append((mask, (top, left, bottom, right)))
-    if not whole and not cut:
-        found = int(labels.max(initial=0))
-        raise ValueError(
-            f"labels: mask synthesis needs a nucleus of at least {config.min_area} pixels, and none of the {found} "
-            f"in this {height}x{width} label map is that large; choose another patch or lower min_area"
-        )
-    usable = whole or cut
-
-    rng = np.random.default_rng((seed, 0))
-    nuclei: list[Nucleus] = []
-    members: list[list[int]] = [[] for _ in usable]
-    for copy in range(config.copies):
-        angle, flip, share = (0.0, False, 1.0) if copy == 0 else (rng.uniform(0, 360), rng.random() < 0.5, None)
-        share = rng.uniform(config.crop, 1) if share is None else share
-        first_row, first_col = rng.uniform(0, 1 - share, 2) * (height, width)
-        last_row, last_col = first_row + share * height, first_col + share * width
-        for source, (mask, (top, left, bottom, right)) in enumerate(usable):
-            if top < first_row or left < first_col or bottom > last_row or right > last_col:
-                continue
-            turned = _turned(mask, angle, flip)
-            if turned.sum() >= config.min_area:
-                members[source].append(len(nuclei))
-                nuclei.append(_nucleus(turned, source))
-    # A nucleus h x w lies whole in an H x W window with a chance of (H - h)(W - w) / HW: the others were cut away.
-    weights = np.array([1.0 / (max(height - (b - t), 1) * max(width - (r - le), 1)) for _, (t, le, b, r) in usable])
-    weights = weights if whole else np.ones(len(usable))
-    return Pool(tuple(nuclei), tuple(map(tuple, members)), weights / weights.sum(), bool(whole))
 
 
 class _Canvas:
@@ -346,12 +160,11 @@ def _draw(pool: Pool, rng: np.random.Generator) -> int:
     return copies[rng.integers(len(copies))]
 
 
-def _fill(canvas: _Canvas, wanted: float, rng: np.random.Generator) -> None:
-    """Run the Q iterations of one mask; `wanted` is the foreground in pixels at which to stop if Q is not given."""
+def _fill(canvas: _Canvas, wanted: float, rng: np.random.Generator, q: int | None) -> None:
+    """Run the iterations of one mask: Q of them, or until the crop holds `wanted` pixels of foreground."""
     config = canvas.config
     failures, foreground = 0, 0
-    limit = config.q if config.q is not None else np.inf
-    while len(canvas.placements) < limit:
+    while q is None or len(canvas.placements) < q:
         member = _draw(canvas.pool, rng)
         position = canvas.find(member, rng)
         if position is None:
@@ -362,7 +175,7 @@ def _fill(canvas: _Canvas, wanted: float, rng: np.random.Generator) -> None:
             continue
         failures = 0
         canvas.place(member, position)
-        if config.q is not None:
+        if q is not None:
             continue
         area = canvas.areas[-1] if canvas.areas[-1] >= config.min_area else 0
         foreground += area
@@ -378,7 +191,7 @@ def synthesize_with_report(
     count: int = 50,
     size: int = 256,
     seed: int = 0,
-    config: MaskConfig = MaskConfig(),
+    config: MaskConfig = _DEFAULTS,
 ) -> tuple[np.ndarray, MaskReport]:
     """Synthesize masks as `synthesize_masks` does, and say what was placed and which density was reached.
 
@@ -407,7 +220,7 @@ def synthesize_with_report(
         best, best_error = None, np.inf
         for _ in range(1 + (config.redraws if config.q is None else 0)):
             canvas = _Canvas(pool, size, config, fields)
-            _fill(canvas, wanted, rng)
+            _fill(canvas, wanted, rng, config.q)
             error = abs(canvas.foreground() - wanted)
             if error < best_error:
                 best, best_error = canvas, error
@@ -427,7 +240,7 @@ def synthesize_masks(
     count: int = 50,
     size: int = 256,
     seed: int = 0,
-    config: MaskConfig = MaskConfig(),
+    config: MaskConfig = _DEFAULTS,
 ) -> np.ndarray:
     """Make label maps that look like the tissue of one annotated patch (Sec. III-B, Fig. 4a).
 
@@ -471,3 +284,72 @@ def synthesize_masks(
             stacklevel=2,
         )
     return masks
+
+
+@dataclass(frozen=True, eq=False)
+class SynthesisSteps:
+    """The four steps of one iteration (Fig. 4a), on the h' x w' canvas.
+
+    Attributes
+    ----------
+    before
+        M_{q-1}, (h', w') int32.
+    nucleus, reach
+        (1) e_q, the drawn member of E as a tight bool mask, and its R_q in pixels.
+    centre
+        Insertion point inside `nucleus`.
+    dilated
+        (2) (h', w') bool, M_{q-1} dilated: no position for the centre of e_q.
+    position
+        (3) Row and column drawn from the background of `dilated`.
+    after
+        (4) M_q, (h', w') int32.
+    size
+        Side of the middle part that the crop keeps after the last iteration.
+    """
+
+    before: np.ndarray
+    nucleus: np.ndarray
+    reach: float
+    centre: tuple[int, int]
+    dilated: np.ndarray
+    position: tuple[int, int]
+    after: np.ndarray
+    size: int
+
+
+def synthesis_steps(
+    labels: np.ndarray,
+    seed: int = 0,
+    iteration: int = 16,
+    size: int = 256,
+    config: MaskConfig = _DEFAULTS,
+) -> SynthesisSteps:
+    """Run the synthesis up to iteration q and keep what its four steps did, for Fig. 4(a).
+
+    Parameters
+    ----------
+    labels, seed, size, config
+        As in `synthesize_masks`; the placements are those of its first mask before any redraw.
+    iteration
+        Which q to show, from 1. Where the map is full earlier, the last nucleus that found room is shown.
+
+    Raises
+    ------
+    ValueError
+        If `iteration` is below 1, or the patch has no nucleus of `min_area` pixels.
+    """
+    if iteration < 1:
+        raise ValueError(f"iteration must be at least 1, got {iteration}")
+    pool = nucleus_pool(labels, seed, config)
+    canvas = _Canvas(pool, size, config, {})
+    _fill(canvas, np.inf, np.random.default_rng((seed, 1)), iteration)
+    member, row, col = canvas.placements[-1]
+    nucleus = pool.nuclei[member]
+    inner = slice(canvas.pad, canvas.pad + canvas.side)
+    after = canvas.labels[inner, inner].copy()
+    before = np.where(after == len(canvas.placements), 0, after)
+    radius = nucleus.reach * (1 - config.touch) + canvas.gap
+    dilated = ndimage.distance_transform_edt(before == 0) < radius if before.any() else np.zeros(before.shape, bool)
+    position = row + config.margin, col + config.margin
+    return SynthesisSteps(before, nucleus.mask, nucleus.reach, nucleus.centre, dilated, position, after, size)
