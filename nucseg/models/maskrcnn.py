@@ -158,10 +158,10 @@ class MaskRCNN(Segmenter):
             for module in self.pyramid.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-        finest = min(config.strides[0], config.roi_stride)
-        self.first = self.pyramid.strides.index(finest)
+        finest, coarsest = min(*config.strides, config.roi_stride), max(*config.strides, config.roi_stride)
+        self.used = [i for i, stride in enumerate(self.pyramid.strides) if finest <= stride <= coarsest]
         width = config.fpn_channels
-        self.fpn = FeaturePyramidNetwork(self.pyramid.channels[self.first :], width)
+        self.fpn = FeaturePyramidNetwork([self.pyramid.channels[i] for i in self.used], width)
         self.rpn = _ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
         self.box_head = _BoxHead(width, config)
         self.mask_head = _MaskHead(width, config)
@@ -225,10 +225,11 @@ class MaskRCNN(Segmenter):
         # artificial edge appears there.
         h, w = images.shape[-2:]
         images = F.pad(images, (0, -w % 32, 0, -h % 32), mode="replicate")
-        strides = self.pyramid.strides[self.first :]
-        maps = self.fpn(dict(zip(map(str, strides), self.pyramid(images)[self.first :], strict=True)))
+        maps = self.pyramid(images)
+        maps = self.fpn({str(self.pyramid.strides[i]): maps[i] for i in self.used})
         maps = {int(stride): features for stride, features in maps.items()}
-        maps[64] = F.max_pool2d(maps[32], 1, 2)  # torchvision's extra level
+        if 64 in self.config.strides:  # torchvision's extra level
+            maps[64] = F.max_pool2d(maps[32], 1, 2)
         return [maps[stride] for stride in self.config.strides], maps[self.config.roi_stride]
 
     def _propose(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,7 +270,9 @@ class MaskRCNN(Segmenter):
 
     def _pool(self, features: Tensor, image: Tensor, rois: Tensor, size: int) -> Tensor:
         rois = torch.cat((image[:, None].to(rois), rois), dim=1)
-        return roi_align(features, rois, size, 1 / self.config.roi_stride, sampling_ratio=2, aligned=True)
+        # One sample per cell: a box of 28 px is 7 cells of the map wide, so that 7 x 7 samples miss nothing of it, and
+        # the operator's gradient, the slowest piece of a training step, costs a quarter of torchvision's 2 x 2.
+        return roi_align(features, rois, size, 1 / self.config.roi_stride, sampling_ratio=1, aligned=True)
 
     # -- prediction ----------------------------------------------------------------------------------------------
 
