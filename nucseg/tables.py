@@ -16,13 +16,14 @@ import numpy as np
 import pandas as pd
 
 from nucseg import table_formats, table_notes
-from nucseg.experiments import TABLES, Experiment, GridSettings, Row, experiments_of, rows
-from nucseg.results import EXPERIMENT, SCORES, ResultsError, check_results
+from nucseg.experiments import SEGMENTERS, TABLES, Experiment, GridSettings, Row, experiments_of, rows
+from nucseg.results import EXPERIMENT, SCORES, ResultsError, check_results, empty_results, read_results, read_runs
 from nucseg.stats import effect_size, holm, paired_tests
-from nucseg.store import write_text
+from nucseg.store import published, write_text
 
 NOT_IN_PROFILE = "not run in this profile"
 NOT_YET = "not run yet"
+NO_MODEL = "no such model yet"
 DATASET_NAMES = {"kumar": "Kumar", "tnbc": "TNBC", "monuseg": "MoNuSeg"}
 METRIC_NAMES = {"aji": "AJI", "dice": "Dice", "aji_seen": "AJI-s", "aji_unseen": "AJI-u"}
 COMPARISON = ("mean difference", "CI low", "CI high", "t p", "t p Holm", "Wilcoxon p", "Wilcoxon p Holm", "effect size")
@@ -172,6 +173,36 @@ def write_table(table: Table, folder: str | Path, suffix: str = "") -> tuple[Pat
     for path, text in zip(paths, texts.values(), strict=True):
         write_text(path, text)
     return paths
+
+
+def write_all(
+    profile: str, dataset: str, settings: GridSettings, folder: str | Path | None = None, suffix: str = ""
+) -> tuple[Path, ...]:
+    """Make and write all six tables of a profile from the ``results.csv`` and ``runs.csv`` in its folder.
+
+    Parameters
+    ----------
+    profile, dataset, settings
+        The profile's name, what it ran on, and its grid.
+    folder
+        Where the results are and the tables go; ``tables/<profile>`` when None. Without results every row says that it
+        was not run.
+    suffix
+        As in `write_table`.
+    """
+    from nucseg.models import REGISTRY  # which segmenters exist; their code is not loaded
+
+    folder = published("tables", profile) if folder is None else Path(folder)
+    results, runs = folder / "results.csv", folder / "runs.csv"
+    lines = read_results(results) if results.is_file() else empty_results()
+    made = make_tables(
+        lines[lines["profile"] == profile],
+        dataset,
+        settings,
+        runs=read_runs(runs) if runs.is_file() else None,
+        reasons={name: NO_MODEL for name in SEGMENTERS if name not in REGISTRY},
+    )
+    return tuple(path for table in made for path in write_table(table, folder, suffix))
 
 
 def budget_curve_frame(results: pd.DataFrame, metric: str = "aji") -> pd.DataFrame:

@@ -16,7 +16,7 @@ from nucseg.experiments import TABLES, GridSettings, experiments_of, grid, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
 from nucseg.stats import holm, paired_tests
 from nucseg.table_notes import needed_t
-from nucseg.tables import NOT_IN_PROFILE, NOT_YET, budget_curve_frame, make_table, make_tables, write_table
+from nucseg.tables import NOT_IN_PROFILE, NOT_YET, budget_curve_frame, make_table, make_tables, write_all, write_table
 
 SETTINGS = GridSettings(k1={"kumar": 9, "tnbc": 6, "tissue": 3}, rounds=2, seeds=(1, 2), random_seeds=(21, 100))
 ORGANS = ("breast", "breast", "liver", "liver", "colon", "stomach")
@@ -377,6 +377,25 @@ def test_a_table_is_made_from_any_order_of_lines(table, results):
 
 def test_all_six_tables_are_made_in_order():
     assert tuple(table.number for table in make_tables(empty_results(), "kumar", SETTINGS)) == TABLES
+
+
+def test_a_profile_writes_its_tables_beside_its_results(results, tmp_path):
+    results.to_csv(tmp_path / "results.csv", index=False)
+    run = {"run_id": "00000001abcd", "started": "", "seconds": 30, "device": "1 GPU", "versions": "", "config": "{}"}
+    pd.DataFrame([{**run, "peak_gpu_mb": None}]).to_csv(tmp_path / "runs.csv", index=False)
+    paths = write_all("sample", "kumar", SETTINGS, tmp_path)
+    assert len(paths) == 24
+    assert {path.parent for path in paths} == {tmp_path}
+    assert "Time of 1 runs: 0.5 minutes on 1 GPU." in (tmp_path / "table1_kumar.md").read_text()
+    made = make_table("IV", results, "kumar", SETTINGS).frame
+    read = pd.read_csv(tmp_path / "table4_kumar.csv")
+    np.testing.assert_allclose(read["ours AJI"], made["ours AJI"], rtol=1e-5)
+
+
+def test_a_profile_without_results_writes_tables_that_say_so(tmp_path):
+    write_all("sample", "tissue", SETTINGS, tmp_path)
+    assert NOT_YET in (tmp_path / "table1_tissue.html").read_text()
+    assert "Dataset tissue: no results yet." in (tmp_path / "table1_tissue.html").read_text()
 
 
 def test_results_that_do_not_belong_together_are_refused(results):
