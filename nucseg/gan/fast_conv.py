@@ -12,12 +12,34 @@ ordinary kernels (3.1 times faster a critic update on that H100). Unpadded, stri
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
 _STRIDE, _PADDING, _DILATION, _OUTPUT_PADDING = [1, 1], [0, 0], [1, 1], [0, 0]
+
+
+_here = threading.local()
+
+
+@contextmanager
+def for_penalty() -> Iterator[None]:
+    """Inside, convolutions skip derivatives that a gradient penalty never asks for.
+
+    Its first derivative (taken with ``create_graph=True``) is wanted by the images alone, its second (taken without) by
+    the weights alone. Autograd tells a Python function what could be differentiated, not what is wanted, and would
+    compute both both times.
+    """
+    _here.penalty = True
+    try:
+        yield
+    finally:
+        _here.penalty = False
 
 
 def _convolution(x: Tensor, w: Tensor) -> Tensor:
@@ -36,15 +58,16 @@ class _Y(Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
+        ctx.penalty, ctx.first = getattr(_here, "penalty", False), x.is_leaf
         return _convolution(x, w)
 
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        return (
-            _X.apply(g, w, x.shape) if ctx.needs_input_grad[0] else None,
-            _W.apply(g, x, w.shape) if ctx.needs_input_grad[1] else None,
-        )
+        by_x, by_w = ctx.needs_input_grad
+        if ctx.penalty:  # grad mode is on in a backward pass exactly with create_graph=True
+            by_x, by_w = (by_x, False) if torch.is_grad_enabled() else (by_x and not ctx.first, by_w)
+        return _X.apply(g, w, x.shape) if by_x else None, _W.apply(g, x, w.shape) if by_w else None
 
 
 class _X(Function):

@@ -2,12 +2,14 @@
 
 One GAN of this size leaves an H100 mostly idle, and its step is hundreds of small kernels, so that launching them takes
 longer than running them. Each GAN's step goes to a stream of its own; all of them together are recorded once and
-replayed as one graph. On the CPU the steps simply run one after the other.
+replayed as one graph. On the CPU each of PyTorch's threads takes some of the steps, since one step is too small to be
+split over threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -15,7 +17,7 @@ import torch
 class ParallelStep:
     """Call it to run every given step once.
 
-    The steps must be independent of each other, read and write the same tensors on every call (refill them in place
+    A context manager. The steps must be independent of each other, read and write the same tensors on every call (refill them in place
     between calls), and never wait for the device.
 
     Parameters
@@ -38,9 +40,27 @@ class ParallelStep:
         self.graph_wanted = graph and device.type == "cuda"
         self.warmup = warmup
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.threads = torch.get_num_threads()
+        workers = min(self.threads, len(self.steps)) if device.type == "cpu" else 1
+        self.pool = None
+        if workers > 1:
+            self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         self.streams = [torch.cuda.Stream(device) for _ in self.steps] if self.graph_wanted else []
 
+    def __enter__(self) -> ParallelStep:
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Free the recorded graph's memory, or stop the threads and give PyTorch's operators theirs back."""
+        self.graph = None
+        if self.pool is not None:
+            self.pool.shutdown()
+            torch.set_num_threads(self.threads)
+
     def __call__(self) -> None:
+        if self.pool is not None:
+            list(self.pool.map(lambda step: step(), self.steps))
+            return
         if not self.graph_wanted:
             for step in self.steps:
                 step()

@@ -44,6 +44,7 @@ from nucseg.gan.base import (
     to_signed,
     to_uint8,
 )
+from nucseg.gan.fast_conv import for_penalty
 from nucseg.gan.networks import Critic, ScaleGenerator, initialise
 from nucseg.gan.parallel import ParallelStep
 
@@ -200,7 +201,9 @@ def gradient_penalty(
 ) -> Float[Tensor, ""]:
     """E[(|grad D(x^)|_2 - 1)^2] at x^ = mix x + (1 - mix) y, the norm per pixel over channels (REFERENCE A24)."""
     between = (fake + mix * (real - fake)).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    with for_penalty():
+        out = critic(between)
+    (gradient,) = torch.autograd.grad(out.sum(), between, create_graph=True)
     # The root's derivative at 0 is infinite; 1e-12 keeps it finite and is far below any gradient met.
     return ((gradient.square().sum(1).add(1e-12).sqrt() - 1) ** 2).mean()
 
@@ -442,24 +445,23 @@ class PyramidSynthesizer(Synthesizer):
 
         buffers = _Buffers(data, n, config, len(self.terms), self.device)
         trainings = [_Training(self, n, i, data, buffers, previous[i], generators[i], critics[i]) for i in range(k1)]
-        step_all = ParallelStep([t.step for t in trainings], self.device, config.cuda_graph)
         losses = torch.zeros(config.steps, k1, len(self.terms), device=self.device)
         decay_step, checked = round(config.decay_at * config.steps), 0
-        for step in range(config.steps):
-            if step == decay_step:
-                for training in trainings:
-                    training.scale_learning_rate(config.decay)
-            buffers.refill(draw)
-            step_all()
-            losses[step].copy_(buffers.losses)
-            last = step + 1 == config.steps
-            if (step + 1) % config.check_every == 0 or last:
-                check_losses(losses[checked : step + 1], config.divergence_limit, type(self).__name__, n, checked)
-                checked = step + 1
-            if progress is not None and ((step + 1) % max(1, config.steps // 50) == 0 or last):
-                text = f"{type(self).__name__} scale {n + 1}/{config.scales}, {data.sizes[n]} px, {k1} patches"
-                progress(n * config.steps + step + 1, config.scales * config.steps, text)
-        del step_all
+        with ParallelStep([t.step for t in trainings], self.device, config.cuda_graph) as step_all:
+            for step in range(config.steps):
+                if step == decay_step:
+                    for training in trainings:
+                        training.scale_learning_rate(config.decay)
+                buffers.refill(draw)
+                step_all()
+                losses[step].copy_(buffers.losses)
+                last = step + 1 == config.steps
+                if (step + 1) % config.check_every == 0 or last:
+                    check_losses(losses[checked : step + 1], config.divergence_limit, type(self).__name__, n, checked)
+                    checked = step + 1
+                if progress is not None and ((step + 1) % max(1, config.steps // 50) == 0 or last):
+                    text = f"{type(self).__name__} scale {n + 1}/{config.scales}, {data.sizes[n]} px, {k1} patches"
+                    progress(n * config.steps + step + 1, config.scales * config.steps, text)
 
         for training in trainings:
             training.calibrate(draw)
@@ -614,12 +616,14 @@ class _Training:
                 config.lambda_, config.masked_average, config.min_area,
             )  # fmt: skip
             _update(self.optimizer_d, loss, critics)
+        critics.requires_grad_(False)  # spares their weights' gradients, which nobody wants here
         for g in range(config.g_steps):
             if g:
                 both = self.generator(inputs) + previous
             adversarial = generator_loss(critics, weights, both[:-1], mask, config.masked_average, config.min_area)
             reconstruction = F.mse_loss(both[-1:], real)
             _update(self.optimizer_g, adversarial + config.alpha * reconstruction, self.generator)
+        critics.requires_grad_(True)
         row = [*distances.values(), penalty, adversarial.detach(), reconstruction.detach()]
         self.buffers.losses[self.i].copy_(torch.stack(row))
 
@@ -667,9 +671,9 @@ class _Training:
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, net: nn.Module) -> None:
-    # autograd.grad, not backward(): the generator's loss must not leave gradients on the critics.
+    # autograd.grad, not backward(): it accumulates nothing, and a recorded graph needs no zeroing.
     parameters = list(net.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
     optimizer.step()
 
