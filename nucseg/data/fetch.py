@@ -24,7 +24,7 @@ from nucseg.config import nearest
 from nucseg.data import kumar, tnbc
 
 LARGEST = 4 * 2**30  # bytes that an archive may unpack to: a zip bomb stops here
-CHUNK = 2**20
+CHUNK = 2**14  # bytes written at once; of a cut download less than this is lost
 TIMEOUT = 30  # seconds without an answer from the server
 
 

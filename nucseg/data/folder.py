@@ -48,9 +48,8 @@ def load(folder: str | Path) -> Dataset:
     if not folder.is_dir():
         raise MissingData(f"{folder}: no such folder; give the folder that holds the images")
     named = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    splits = {split: named[split] for split in SPLITS if split in named}
-    if splits:
-        samples = {split: _samples(path, prefix=f"{split}/") for split, path in splits.items()}
+    if any(split in named for split in SPLITS):
+        samples = {split: _samples(named[split], f"{split}/") if split in named else () for split in SPLITS}
     else:
         samples = {"train": _samples(folder)}
     if not any(samples.values()):

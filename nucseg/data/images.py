@@ -174,13 +174,16 @@ def _open_tiff(path: Path):
 
     try:
         tiff = tifffile.TiffFile(path)
-        if len(tiff.pages) == 0 or tiff.pages[0].imagelength == 0 or tiff.pages[0].imagewidth == 0:
-            raise ImageError(f"{path}: a TIFF without pixels")
-        return tiff
-    except ImageError:
-        raise
     except Exception as error:
         raise ImageError(f"{path}: not a TIFF, or a damaged one ({error}); copy or export it again") from error
+    try:
+        page = tiff.pages[0]
+        if page.imagelength * page.imagewidth == 0:
+            raise ValueError("it has no pixels")
+    except Exception as error:
+        tiff.close()
+        raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+    return tiff
 
 
 def _read_tiff(path: Path) -> np.ndarray:
