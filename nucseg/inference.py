@@ -69,8 +69,8 @@ class DenseModel(Protocol):
 def predict_maps(model: DenseModel, image: np.ndarray, config: InferenceConfig) -> Float[np.ndarray, "c h w"]:
     """Predict the maps of an image, tile by tile.
 
-    The image is mirrored outwards by half an overlap, so that each of its pixels lies where some tile has full weight;
-    tiles fade into each other by a raised cosine. The model is put in eval mode and back.
+    Tiles fade into each other by a raised cosine, but not at the image's own borders. The model is put in eval mode and
+    back.
 
     Parameters
     ----------
@@ -84,34 +84,34 @@ def predict_maps(model: DenseModel, image: np.ndarray, config: InferenceConfig) 
     check_image(image)
     device = next(model.parameters()).device
     height, width = image.shape[:2]
-    margin = config.overlap // 2
-    tile_h, tile_w = (min(config.tile, _up(n + 2 * margin, 32)) for n in (height, width))
-    rows, cols = (
-        _starts(height + 2 * margin, tile_h, config.overlap),
-        _starts(width + 2 * margin, tile_w, config.overlap),
-    )
-    below, right = rows[-1] + tile_h - height - margin, cols[-1] + tile_w - width - margin
-    padded = np.pad(image, ((margin, below), (margin, right), (0, 0)), mode="symmetric")
+    rows, tile_h = _even(height, config.tile, config.overlap)
+    cols, tile_w = _even(width, config.tile, config.overlap)
+    full_h, full_w = rows[-1] + tile_h, cols[-1] + tile_w
+    # Up to 31 pixels beyond the image, so that tiles are multiples of 32.
+    padded = np.pad(image, ((0, full_h - height), (0, full_w - width), (0, 0)), mode="symmetric")
     pixels = torch.from_numpy(padded).to(device).permute(2, 0, 1)
-    window = _window(tile_h, config.overlap).outer(_window(tile_w, config.overlap)).to(device)
     places = [(row, col) for row in rows for col in cols]
-    total = weight = None
+    total = None
+    weight = torch.zeros(full_h, full_w, device=device)
 
     was_training = model.training
     model.eval()
-    for i in range(0, len(places), config.batch):
-        some = places[i : i + config.batch]
-        tiles = torch.stack([pixels[:, r : r + tile_h, c : c + tile_w] for r, c in some]).float() / 255
-        maps = predict_views(model, tiles, config)
-        if total is None:
-            total = torch.zeros(maps.shape[1], *padded.shape[:2], device=device)
-            weight = torch.zeros(padded.shape[:2], device=device)
-        for (r, c), tile_maps in zip(some, maps, strict=True):
-            total[:, r : r + tile_h, c : c + tile_w] += window * tile_maps
-            weight[r : r + tile_h, c : c + tile_w] += window
-    model.train(was_training)
-    inner = (slice(margin, margin + height), slice(margin, margin + width))
-    return (total[:, *inner] / weight[inner]).cpu().numpy()
+    try:
+        for i in range(0, len(places), config.batch):
+            some = places[i : i + config.batch]
+            tiles = torch.stack([pixels[:, r : r + tile_h, c : c + tile_w] for r, c in some]).float() / 255
+            maps = predict_views(model, tiles, config)
+            if total is None:
+                total = torch.zeros(maps.shape[1], full_h, full_w, device=device)
+            for (r, c), tile_maps in zip(some, maps, strict=True):
+                down = _window(tile_h, config.overlap, r > 0, r + tile_h < full_h)
+                across = _window(tile_w, config.overlap, c > 0, c + tile_w < full_w)
+                window = down.outer(across).to(device)
+                total[:, r : r + tile_h, c : c + tile_w] += window * tile_maps
+                weight[r : r + tile_h, c : c + tile_w] += window
+    finally:
+        model.train(was_training)
+    return (total / weight)[:, :height, :width].cpu().numpy()
 
 
 def predict_views(
@@ -166,8 +166,8 @@ def predict_instances(
 def tiles_of(image: np.ndarray, tile: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """Cut an image into tiles of at most `tile` pixels a side that share `overlap` pixels: row, column, view."""
     height, width = image.shape[:2]
-    for row in _starts(height, min(tile, height), overlap, inside=True):
-        for col in _starts(width, min(tile, width), overlap, inside=True):
+    for row in _inside(height, tile, overlap):
+        for col in _inside(width, tile, overlap):
             yield row, col, image[row : row + tile, col : col + tile]
 
 
@@ -255,23 +255,27 @@ def check_image(image: np.ndarray) -> None:
         raise ValueError(f"image: at least 32 pixels a side, got {image.shape[:2]}")
 
 
-def _up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def _even(length: int, tile: int, overlap: int) -> tuple[list[int], int]:
+    """Starts and common side, a multiple of 32, of the fewest tiles up to `tile` that cover `length`, evenly spread."""
+    count = max(1, -(-(length - overlap) // (tile - overlap)))
+    side = -(-(length + (count - 1) * overlap) // count)
+    side = -(-side // 32) * 32
+    return [i * (side - overlap) for i in range(count)], side
 
 
-def _starts(length: int, tile: int, overlap: int, inside: bool = False) -> list[int]:
-    """First pixels of the tiles that cover `length`; the last may reach beyond, or is moved back with `inside`."""
-    stride = max(tile - overlap, 1)
-    starts = list(range(0, max(length - overlap, 1), stride))
-    if inside:
-        starts[-1] = max(min(starts[-1], length - tile), 0)
+def _inside(length: int, tile: int, overlap: int) -> list[int]:
+    """Starts of tiles that cover `length` and never reach beyond it."""
+    starts = list(range(0, max(length - overlap, 1), tile - overlap))
+    starts[-1] = max(min(starts[-1], length - tile), 0)
     return starts
 
 
-def _window(length: int, overlap: int) -> Tensor:
+def _window(length: int, overlap: int, fade_in: bool, fade_out: bool) -> Tensor:
     """Weights that rise and fall along a raised cosine over the overlap, so that those of neighbours add up to 1."""
     ramp = torch.sin(torch.pi / 2 * (torch.arange(overlap) + 0.5) / max(overlap, 1)) ** 2
     weights = torch.ones(length)
-    weights[:overlap] *= ramp
-    weights[length - overlap :] *= ramp.flip(0)
+    if fade_in:
+        weights[:overlap] *= ramp
+    if fade_out:
+        weights[length - overlap :] *= ramp.flip(0)
     return weights

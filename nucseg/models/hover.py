@@ -151,7 +151,7 @@ def hover_losses(
     inside: Bool[Tensor, "b h w"],
     target: Float[Tensor, "b 2 h w"],
 ) -> dict[str, Float[Tensor, ""]]:
-    """Cross-entropy and Dice (both channels, smooth 1e-3) of NP; squared error of HV and, in nuclei, of its gradients."""
+    """Cross-entropy and Dice (both channels, smooth 1e-3) of NP; squared error of HV and, inside, of its gradients."""
     logits, hv = logits.float(), hv.float()
     truth = torch.stack((~inside, inside), dim=1).float()
     probability = logits.softmax(dim=1)
@@ -179,9 +179,10 @@ def _gradients(hv: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 h w"]:
 def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -> Instances:
     """Turn NP and HV maps into nuclei: threshold, markers where HV does not fall, watershed.
 
-    Deviation: the published code stretches each HV gradient between its minimum and maximum in the tile, so that one artefact sets
-    the scale for all nuclei. Here HV is divided by the 98th percentile of its absolute values inside nuclei, and a
-    fall from +1 to -1 is an edge of strength 1 in every image. A nucleus too small for any marker is its own.
+    Deviation: the published code stretches each HV gradient between its minimum and maximum in the tile, so that one
+    artefact sets the scale for all nuclei. Here HV is divided by the 98th percentile of its absolute values inside
+    nuclei, and a fall from +1 to -1 is an edge of strength 1 in every image. A nucleus too small for any marker is its
+    own.
     """
     probability, hv = maps[0], maps[1:]
     mask = _at_least(probability >= config.threshold, config.min_marker)

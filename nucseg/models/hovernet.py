@@ -1,0 +1,248 @@
+"""HoVer-Net as published (Graham et al., Medical Image Analysis 2019; Sec. IV-A), REFERENCE section 5 and A36.
+
+A pre-activation ResNet50 with a 7x7 stem at stride 1 and no pooling, and one decoder of dense units for each of NP and
+HV. The type branch is left out: the paper segments without classes. Written from the published description.
+
+- ``fast``: 3x3 decoder kernels, padded stem; 256 px in, the central 164 out (92 px less, for any input that fits).
+- ``original``: 5x5 kernels, stem without padding; 270 in, 80 out (190 less).
+
+Deviations: fast mode is the default, since a 256 px patch cannot feed the original mode (A36); BatchNorm momentum and
+initial values are PyTorch's. ImageNet weights of this encoder exist only where the user has them:
+`HoverNet.initialised_from` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nucseg.encoders import EncoderError, read_weights
+from nucseg.inference import InferenceConfig
+from nucseg.models.hover import HoverConfig, HoverSegmenter
+
+ENCODER = "preact-resnet50"
+
+
+@dataclass(frozen=True)
+class HoverNetConfig:
+    """The variant, and what follows it.
+
+    Attributes
+    ----------
+    mode
+        ``"fast"`` or ``"original"``.
+    mirror
+        Whether a training crop is mirrored outwards so that all of it is supervised; False supervises only its centre,
+        as published (a 256 px crop: 41 % of its pixels). With nine patches to learn from, no pixel is wasted.
+    hover, inference
+        Losses and post-processing; tiles and averaging of whole images.
+    """
+
+    mode: Literal["fast", "original"] = "fast"
+    mirror: bool = False
+    hover: HoverConfig = field(default_factory=HoverConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+class HoverNet(HoverSegmenter):
+    """The published network.
+
+    Parameters
+    ----------
+    encoder
+        Only ``"preact-resnet50"``: the architecture is the encoder.
+    config
+        Variant and settings.
+    weights
+        A state dict of the pre-activation ResNet50 in the names of the published
+        ``ImageNet-ResNet50-Preact_pytorch.tar`` (``conv0``, ``d0`` to ``d3``), as a file readable without unpickling
+        objects.
+    pretrained
+        False ignores `weights`.
+
+    Attributes
+    ----------
+    initialised_from
+        ``"random weights"``, or the name of the weights' file; printed with every result.
+    """
+
+    def __init__(
+        self,
+        encoder: str = ENCODER,
+        config: HoverNetConfig | None = None,
+        weights: str | Path | None = None,
+        pretrained: bool = True,
+    ):
+        config = config or HoverNetConfig()
+        super().__init__(config.hover, config.inference)
+        if encoder != ENCODER:
+            raise EncoderError(f"hovernet: its encoder is {ENCODER!r}, got {encoder!r}; 'hoverlite' takes any encoder")
+        self.config = config
+        fast = config.mode == "fast"
+        self.kernel, self.margin = (3, 46) if fast else (5, 95)
+        self.conv0 = nn.Sequential()
+        self.conv0.add_module("/", nn.Conv2d(3, 64, 7, padding=3 if fast else 0, bias=False))
+        self.conv0.add_module("bn", nn.BatchNorm2d(64))
+        self.conv0.add_module("relu", nn.ReLU(inplace=True))
+        self.d0 = _Residual(64, (64, 64, 256), 3, 1)
+        self.d1 = _Residual(256, (128, 128, 512), 4, 2)
+        self.d2 = _Residual(512, (256, 256, 1024), 6, 2)
+        self.d3 = _Residual(1024, (512, 512, 2048), 3, 2)
+        self.conv_bot = nn.Conv2d(2048, 1024, 1, bias=False)
+        self.np_branch, self.hv_branch = _Branch(self.kernel), _Branch(self.kernel)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.initialised_from = "random weights"
+        if weights is not None and pretrained:
+            self._load_encoder(Path(weights))
+
+    def heads(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b 2 p q"], Float[Tensor, "b 2 p q"]]:
+        """Return NP logits and HV of the centre: `margin` pixels less on each side, or of all with ``mirror``."""
+        if self.config.mirror:
+            return self._whole(images)
+        return self._centre(images)
+
+    def maps(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Return probability and HV at the input's resolution, mirrored outwards for what the convolutions eat."""
+        logits, hv = self._whole(images)
+        return torch.cat((logits.float().softmax(dim=1)[:, 1:], hv.float()), dim=1)
+
+    def _whole(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        h, w = images.shape[-2:]
+        # A valid input is 8k pixels plus what the stem eats; round up, and cut the surplus off again.
+        stem = 0 if self.config.mode == "fast" else 6
+        down, right = ((-(n + 2 * self.margin - stem)) % 8 for n in (h, w))
+        images = _mirror(images, (self.margin, self.margin + right, self.margin, self.margin + down))
+        logits, hv = self._centre(images)
+        return logits[..., :h, :w], hv[..., :h, :w]
+
+    def _centre(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.conv0(images)
+        x0 = self.d0(x)
+        x1 = self.d1(x0)
+        x2 = self.d2(x1)
+        x3 = self.conv_bot(self.d3(x2))
+        cuts = (92, 36) if self.config.mode == "fast" else (184, 72)
+        skips = (_crop(x0, cuts[0]), _crop(x1, cuts[1]), x2)
+        return self.np_branch(x3, skips), self.hv_branch(x3, skips)
+
+    def _load_encoder(self, path: Path) -> None:
+        state = read_weights(path)
+        own = {k: v for k, v in self.state_dict().items() if k.split(".")[0] in ("conv0", "d0", "d1", "d2", "d3")}
+        wrong = [k for k, v in own.items() if not k.endswith("num_batches_tracked")
+                 and (k not in state or state[k].shape != v.shape)]  # fmt: skip
+        if wrong:
+            raise EncoderError(f"{path}: no weights of a pre-activation ResNet50; missing or ill-shaped {wrong[:3]}")
+        self.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+        self.initialised_from = path.name
+
+
+class _Residual(nn.Module):
+    """Pre-activation bottleneck units; the stride sits in the first unit's 3x3 convolution and in the shortcut."""
+
+    def __init__(self, inputs: int, widths: tuple[int, int, int], count: int, stride: int):
+        super().__init__()
+        first, middle, last = widths
+        self.shortcut = nn.Conv2d(inputs, last, 1, stride=stride, bias=False)
+        self.units = nn.ModuleList()
+        for i in range(count):
+            parts: list[tuple[str, nn.Module]] = []
+            if i > 0:  # the block before has ended in BatchNorm and ReLU
+                parts += [("preact/bn", nn.BatchNorm2d(last)), ("preact/relu", nn.ReLU(inplace=False))]
+            parts += [
+                ("conv1", nn.Conv2d(inputs if i == 0 else last, first, 1, bias=False)),
+                ("conv1/bn", nn.BatchNorm2d(first)),
+                ("conv1/relu", nn.ReLU(inplace=True)),
+                ("conv2", nn.Conv2d(first, middle, 3, stride if i == 0 else 1, padding=1, bias=False)),
+                ("conv2/bn", nn.BatchNorm2d(middle)),
+                ("conv2/relu", nn.ReLU(inplace=True)),
+                ("conv3", nn.Conv2d(middle, last, 1, bias=False)),
+            ]
+            self.units.append(_named(parts))
+        self.blk_bna = _named([("bn", nn.BatchNorm2d(last)), ("relu", nn.ReLU(inplace=True))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.shortcut(x)
+        for i, unit in enumerate(self.units):
+            total = total + unit(x if i == 0 else total)
+        return self.blk_bna(total)
+
+
+class _Dense(nn.Module):
+    """Dense units without padding: each eats its kernel and adds 32 channels to the cropped input."""
+
+    def __init__(self, inputs: int, count: int, kernel: int):
+        super().__init__()
+        self.units = nn.ModuleList()
+        for i in range(count):
+            width = inputs + 32 * i
+            self.units.append(
+                nn.Sequential(
+                    nn.BatchNorm2d(width), nn.ReLU(inplace=False), nn.Conv2d(width, 128, 1, bias=False),
+                    nn.BatchNorm2d(128), nn.ReLU(inplace=True), nn.Conv2d(128, 32, kernel, groups=4, bias=False),
+                )
+            )  # fmt: skip
+        self.cut = kernel - 1
+        self.end = nn.Sequential(nn.BatchNorm2d(inputs + 32 * count), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for unit in self.units:
+            x = torch.cat((_crop(x, self.cut), unit(x)), dim=1)
+        return self.end(x)
+
+
+class _Branch(nn.Module):
+    """One decoder: 1/8 to full resolution in three enlargements, with skips."""
+
+    def __init__(self, kernel: int):
+        super().__init__()
+        self.u3 = nn.Sequential(
+            nn.Conv2d(1024, 256, kernel, bias=False), _Dense(256, 8, kernel), nn.Conv2d(512, 512, 1, bias=False)
+        )
+        self.u2 = nn.Sequential(
+            nn.Conv2d(512, 128, kernel, bias=False), _Dense(128, 4, kernel), nn.Conv2d(256, 256, 1, bias=False)
+        )
+        self.u1 = nn.Conv2d(256, 64, kernel, padding=kernel // 2, bias=False)
+        self.u0 = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.Conv2d(64, 2, 1))
+
+    def forward(self, x: Tensor, skips: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        fine, middle, coarse = skips
+        x = self.u3(_enlarge(x) + coarse)
+        x = self.u2(_enlarge(x) + middle)
+        return self.u0(self.u1(_enlarge(x) + fine))
+
+
+def _named(parts: list[tuple[str, nn.Module]]) -> nn.Sequential:
+    sequence = nn.Sequential()
+    for name, module in parts:
+        sequence.add_module(name, module)
+    return sequence
+
+
+def _enlarge(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _crop(x: Tensor, pixels: int) -> Tensor:
+    """Cut `pixels` off each dimension, half on each side."""
+    half = pixels // 2
+    return x[..., half : x.shape[-2] - (pixels - half), half : x.shape[-1] - (pixels - half)]
+
+
+def _mirror(images: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
+    """Mirror outwards by left, right, top, bottom, also by more than the image is wide."""
+    h, w = images.shape[-2:]
+    left, right, top, bottom = pads
+    for axis, length, before, after in ((2, h, top, bottom), (3, w, left, right)):
+        place = torch.arange(-before, length + after, device=images.device) % (2 * length)
+        images = images.index_select(axis, torch.where(place < length, place, 2 * length - 1 - place))
+    return images
