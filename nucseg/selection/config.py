@@ -22,7 +22,8 @@ class SelectionConfig:
     normalise
         ImageNet mean and standard deviation before the encoder; the released code feeds plain [0, 1] (A6).
     batch
-        Patches per forward pass on a GPU (four times as many sub-regions); `cpu_batch` is the same on a CPU.
+        Patches per forward pass on a GPU (four times as many sub-regions); `cpu_batch` is the same on a CPU, small
+        enough for its caches.
     bf16
         bfloat16 forward passes on a GPU; distances are float32 either way.
     init, n_init, coarse_max_iter, fine_max_iter, tol
@@ -52,7 +53,7 @@ class SelectionConfig:
     cover_border: bool = False
     normalise: bool = True
     batch: int = 512
-    cpu_batch: int = 16
+    cpu_batch: int = 4
     bf16: bool = True
     init: Literal["random", "k-means++"] = "random"
     n_init: int = 10
