@@ -57,8 +57,8 @@ def reproduce(
         resume,
     )
     typer.echo(f"Executed notebooks: {folder}")
-    typer.echo(f"Tables and figures: {published('tables', settings.name, Path(data).name)}")
-    typer.echo(f"                    {published('figures', settings.name, Path(data).name)}")
+    typer.echo(f"Tables: {published('tables', settings.name)}")
+    typer.echo(f"Figures: {published('figures', settings.name)}")
     typer.echo(f"Start here: {pages[-1]}")
 
 

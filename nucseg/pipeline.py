@@ -29,7 +29,7 @@ from nucseg.profiles import Profile, load_profile
 from nucseg.progress import task
 from nucseg.pseudo import pseudo_pairs
 from nucseg.selection import PatchFeatures, Selection, extract, select
-from nucseg.store import Result, Store, home
+from nucseg.store import Result, Store, home, published
 from nucseg.training import train
 
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
@@ -146,7 +146,7 @@ class Pipeline:
             return arrays["masks"].astype(np.int32), result
 
     def synthesiser(self, experiment: Experiment) -> Result:
-        """Return the folder of the trained generators of an experiment: ``generator.safetensors``, ``history.json``."""
+        """Train the generators of an experiment: ``generator.safetensors``, ``images.npz`` and ``history.npz``."""
         selection, chosen = self.selection(experiment)
         masks, masked = self.masks(experiment)
         name = experiment.augmentation
@@ -160,7 +160,8 @@ class Pipeline:
                 images = synthesiser.generate(masks, seed=experiment.seed)
             np.savez_compressed(folder / "images.npz", images=images)
             save_file(synthesiser.to_tensors(), folder / "generator.safetensors")
-            (folder / "history.json").write_text(json.dumps(to_plain(synthesiser.history)))
+            curves = {f"scale{i}": losses.numpy() for i, losses in enumerate(synthesiser.history)}
+            np.savez_compressed(folder / "history.npz", terms=np.array(synthesiser.terms), **curves)
 
         key = (name, config, experiment.seed, self.device.type)
         return self.store.get("synthesis", key, make, [chosen.key, masked.key], ["nucseg.gan"])
@@ -233,6 +234,10 @@ class Pipeline:
             "device": self.device.type,
         }
         return self.store.get("model", config, make, inputs, MODEL_CODE)
+
+    def curve(self, experiment: Experiment, round: int = 0) -> pd.DataFrame:
+        """Return the learning curve of a training: iteration, learning rate, total loss and its terms."""
+        return pd.DataFrame(json.loads((self.model(experiment, round).path / "curve.json").read_text()))
 
     def _validate(self, model: Segmenter) -> float:
         return float(np.mean([metrics.aji(sample.labels, model.predict(sample.image)) for sample in self.dataset.val]))
@@ -364,6 +369,10 @@ class Pipeline:
         """Return the line under every figure: profile, dataset, and that a tissue is synthetic."""
         parts = [f"profile {self.profile.name}", f"dataset {self.dataset.name} {self.dataset.fingerprint[:8]}"]
         return "  ·  ".join(parts + [self.dataset.note] * bool(self.dataset.note))
+
+    def figure_path(self, name: str) -> Path:
+        """Return where a figure of this profile and dataset goes, as ``figures/<profile>/<name>_<dataset>.png``."""
+        return published("figures", self.profile.name) / f"{name}_{Path(self.dataset.name).name}.png"
 
     def experiment(self, **changes) -> Experiment:
         """Return the profile's own experiment on this dataset ("Ours"), with changes by name."""

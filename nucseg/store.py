@@ -39,9 +39,9 @@ def home() -> Path:
     return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
 
 
-def published(kind: str, profile: str, dataset: str = "") -> Path:
-    """Return the folder of the ``"tables"`` or ``"figures"`` of a profile, or of one dataset in it."""
-    return home() / kind / profile / (Path(dataset).name if dataset else "")
+def published(kind: str, profile: str) -> Path:
+    """Return the folder of a profile's ``"tables"`` or ``"figures"``, which are kept under version control."""
+    return home() / kind / profile
 
 
 @dataclass(frozen=True)

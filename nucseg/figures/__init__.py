@@ -1,5 +1,5 @@
 """Figures 3 to 7, one file each room: `selection` (3, 6), `masks` (4), `csingan` (5), `segmentation` (7)."""
 
-from nucseg.figures.style import save, sign
+from nucseg.figures.style import curves, outline, panels, save, sign
 
-__all__ = ["save", "sign"]
+__all__ = ["curves", "outline", "panels", "save", "sign"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from skimage.segmentation import mark_boundaries
 
 import nucseg
 
@@ -39,3 +41,45 @@ def save(figure: Figure, path: str | Path, signature: str, run_ids: Sequence[str
     figure.savefig(part, format="png", dpi=dpi, metadata=metadata, bbox_inches="tight")
     os.replace(part, path)
     return path
+
+
+def panels(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 0, side: float = 2.0) -> Figure:
+    """Show pictures side by side.
+
+    Parameters
+    ----------
+    pictures
+        Images (H, W, 3) uint8 or float in 0..1, or single-channel arrays (H, W).
+    titles
+        One for each.
+    columns
+        Pictures in a row; 0 for all in one row.
+    side
+        Inches of a picture.
+    """
+    columns = columns or len(pictures)
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(side * columns, (side + 0.25) * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, picture, title in zip(axes, pictures, titles, strict=False):
+        axis.imshow(picture, cmap="magma", interpolation="nearest")
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
+def outline(image: np.ndarray, labels: np.ndarray, colour: tuple[float, float, float] = (1.0, 0.85, 0.0)) -> np.ndarray:
+    """Draw the nuclei of a label map (H, W) as outlines on an image (H, W, 3) uint8; (H, W, 3) float in 0..1."""
+    return mark_boundaries(image, labels, color=colour, mode="inner")
+
+
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> Figure:
+    """Plot named lines, each given by its x and y values, on one pair of axes."""
+    figure = Figure(figsize=(5.0, 2.6), layout="constrained")
+    axis = figure.subplots()
+    for name, (values_x, values_y) in lines.items():
+        axis.plot(values_x, values_y, label=name, linewidth=1.2)
+    axis.set(xlabel=x, ylabel=y)
+    axis.legend(fontsize=8, frameon=False)
+    return figure

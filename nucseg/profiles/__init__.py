@@ -16,7 +16,7 @@ import yaml
 from nucseg import gan, models
 from nucseg.augment import AugmentConfig
 from nucseg.config import ConfigError, from_mapping, nearest
-from nucseg.experiments import Experiment, GridSettings
+from nucseg.experiments import Experiment, GridSettings, experiments_of, rows
 from nucseg.masks import MaskConfig
 from nucseg.pseudo import PseudoConfig
 from nucseg.selection import SelectionConfig
@@ -110,17 +110,9 @@ class Profile:
         return self.training.get(name) or TrainingConfig()
 
     def ours(self, dataset: str) -> Experiment:
-        """Return the paper's full framework with Mask R-CNN: CPS, CSinGAN, pseudo-labelling."""
-        return Experiment(
-            dataset=dataset,
-            selection="cps",
-            k1=self.grid.k1_of(dataset),
-            k2=self.grid.k2,
-            augmentation="csingan",
-            segmenter="maskrcnn",
-            rounds=self.grid.rounds,
-            seed=self.grid.seeds[0],
-        )
+        """Return the paper's full framework, the row "Ours" of Table III: CPS, CSinGAN, pseudo-labelling."""
+        row = next(row for row in rows("III") if row.key == "ours")
+        return experiments_of(row, dataset, self.grid)[0]
 
 
 def names() -> list[str]:
