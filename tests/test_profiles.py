@@ -1,0 +1,84 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from nucseg.config import ConfigError
+from nucseg.experiments import TABLES, grid
+from nucseg.profiles import FOLDER, Mix, load_profile, names
+
+
+def test_the_three_profiles_load_and_name_themselves():
+    assert names() == ["h100", "paper", "sample"]
+    for name in names():
+        profile = load_profile(name)
+        assert profile.name == name
+        assert profile.description
+
+
+@pytest.mark.parametrize("name", ["h100", "paper", "sample"])
+def test_a_profile_lays_out_experiments_for_its_dataset(name):
+    profile = load_profile(name)
+    experiments = grid(profile.dataset, profile.grid, TABLES)
+    assert experiments
+    assert profile.ours(profile.dataset) in experiments
+
+
+def test_the_paper_profile_has_the_printed_sizes_and_schedules():
+    paper = load_profile("paper")
+    assert (paper.selection.size, paper.selection.step, paper.grid.k2, paper.mask_count) == (256, 15, 4, 50)
+    assert paper.grid.k1 == {"kumar": 9, "tnbc": 6, "monuseg": 18}
+    assert paper.encoder == "resnet50"
+    schedule = paper.training_of("maskrcnn")
+    assert (schedule.optimiser, schedule.lr, schedule.momentum, schedule.weight_decay) == ("sgd", 0.005, 0.9, 1e-4)
+    assert (schedule.batch, schedule.crop) == (6, 256)
+    assert paper.training_of("hovernet").lr == 1e-4
+    gan = paper.synthesiser("csingan")
+    assert (gan.beta, gan.gamma, gan.delta) == (1.0, 1.0, 1.0)
+    assert paper.pseudo.crops == 600
+    assert not paper.grid.substitutes
+
+
+def test_csingan_without_its_critics_shares_every_other_setting():
+    profile = load_profile("sample")
+    full, single = profile.synthesiser("csingan"), profile.synthesiser("csingan-no-cwd")
+    assert dataclasses.replace(single, gamma=full.gamma, delta=full.delta) == full
+
+
+def write(tmp_path, **changes):
+    values = yaml.safe_load((FOLDER / "sample.yaml").read_text())
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+def test_a_profile_of_ones_own_is_read_from_its_file(tmp_path):
+    assert load_profile(write(tmp_path, mask_count=3)).mask_count == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selektion": {}}, "unknown setting 'selektion'; did you mean 'selection'"),
+        ({"selection": {"stepp": 3}}, r"selection: unknown setting 'stepp'; did you mean 'step'"),
+        ({"training": {"maskrcnn": {"lr": "fast"}}}, r"training\.maskrcnn\.lr: expected float"),
+        ({"segmenters": {"maskrcn": {}}}, r"segmenters: unknown name 'maskrcn'; did you mean 'maskrcnn'"),
+        ({"synthesisers": {"csingan": {"alfa": 1.0}}}, r"synthesisers\.csingan: unknown setting 'alfa'"),
+        ({"mix": {"real": 1.0}}, "shares must be all 0 or all above 0"),
+        ({"mask_count": 2.5}, "mask_count: expected int"),
+    ],
+)
+def test_a_mistyped_setting_is_refused_with_its_place(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_profile(write(tmp_path, **changes))
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="no profile 'smaple'; did you mean 'sample'"):
+        load_profile("smaple")
+
+
+def test_the_mix_gives_each_kind_its_share_whatever_its_size():
+    weights = Mix(real=0.5, synthetic=0.5, pseudo=1.0).weights({"real": 2, "synthetic": 8})
+    assert sum(weights[:2]) == pytest.approx(sum(weights[2:]))
+    assert Mix().weights({"real": 2, "synthetic": 8}) is None
