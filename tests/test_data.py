@@ -38,7 +38,7 @@ RGB = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 @pytest.fixture(autouse=True)
 def _fresh_caches():
     dataset_module.CACHE.clear()
-    images.image_shape.cache_clear()
+    images._image_shape.cache_clear()
 
 
 def _write(path: Path, array: np.ndarray, **how) -> Path:
@@ -244,6 +244,31 @@ def test_an_image_is_decoded_once_while_it_is_in_use(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+def test_annotations_that_were_corrected_on_disk_are_read_again(tmp_path):
+    _write(tmp_path / "images" / "a.png", RGB)
+    path = _write(tmp_path / "labels" / "a.png", np.full((40, 50), 3, np.uint16))
+    dataset = load_dataset(tmp_path)
+    assert dataset.train[0].labels.max() == 3
+    before = dataset.fingerprint
+    corrected = np.full((40, 50), 3, np.uint16)
+    corrected[:9] = 300
+    _write(path, corrected)
+    assert dataset.train[0].labels.max() == 300
+    again = load_dataset(tmp_path)
+    assert again.fingerprint != before
+    assert again.describe()["nuclei"]["total"] == 2
+
+
+def test_large_images_without_regions_are_decoded_once_for_many_crops(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "WHOLE_IMAGE_PIXELS", 10)
+    _write(tmp_path / "a.png", RGB)
+    calls = []
+    monkeypatch.setattr(dataset_module, "read_image", lambda path: calls.append(path) or RGB)
+    for _ in range(3):
+        load_dataset(tmp_path).train[0].region(1, 2, 3, 4)
+    assert len(calls) == 1
+
+
 def test_the_cache_stays_below_its_limit_and_drops_what_was_used_longest_ago():
     cache = dataset_module._Cache(limit=250)
     made = []
@@ -345,6 +370,17 @@ def test_every_kind_of_label_file_beside_an_image_is_found_and_read(tmp_path):
         np.testing.assert_array_equal(sample.labels, labels, err_msg=sample.id)
 
 
+def test_slide_and_gt_folders_of_any_names_open_as_pairs(tmp_path):
+    mask = np.zeros((40, 50), np.uint8)
+    mask[1:5, 1:5] = 255
+    for patient in ("21", "22"):
+        _write(tmp_path / f"Slide_{patient}" / f"{patient}_1.png", RGB)
+        _write(tmp_path / f"GT_{patient}" / f"{patient}_1.png", mask)
+    dataset = load_dataset(tmp_path)
+    assert [sample.id for sample in dataset.train] == ["21_1", "22_1"]
+    assert all(sample.labelled for sample in dataset.train)
+
+
 def test_a_folder_without_images_says_what_counts_as_one(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(MissingData, match="no image found"):
@@ -378,7 +414,6 @@ def test_the_fingerprint_changes_with_a_pixel_a_label_and_a_split(tmp_path):
         image[0, 0, 0] = pixel
         _write(tmp_path / "d" / split / "images" / "a.png", image)
         _write(tmp_path / "d" / split / "labels" / "a.png", np.full((40, 50), label, np.uint16))
-        dataset_module._content_digest.cache_clear()
         return load_dataset(tmp_path / "d").fingerprint
 
     assert fingerprint() == fingerprint()
@@ -398,6 +433,7 @@ def test_the_fingerprint_changes_with_a_pixel_a_label_and_a_split(tmp_path):
         ("a.tif", {"photometric": "rgb", "compression": "zlib", "predictor": True}),
         ("a.tif", {"photometric": "rgb", "compression": "lzw", "tile": (16, 16)}),
         ("a.tif", {"photometric": "rgb", "rowsperstrip": 7}),
+        ("a.tif", {"photometric": "rgb", "rowsperstrip": 7, "compression": "deflate"}),
     ],
 )
 def test_8_bit_rgb_is_read_as_it_is_from_every_format_whole_and_by_region(name, how, tmp_path):

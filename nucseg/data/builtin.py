@@ -20,6 +20,11 @@ class TissueSource:
 
     spec: TissueSpec
     labelled = True
+    by_region = False
+
+    def stamp(self) -> tuple:
+        """Nothing: a specification gives the same pixels for ever."""
+        return ()
 
     def shape(self) -> tuple[int, int]:
         """Height and width."""

@@ -16,7 +16,7 @@ import numpy as np
 from nucseg.annotations import read_labels, read_xml
 from nucseg.annotations.errors import DataError
 from nucseg.annotations.geojson import read_geojson
-from nucseg.data.images import ImageError, check_region, image_shape, read_image, read_region
+from nucseg.data.images import ImageError, check_region, file_stamp, image_shape, read_image, read_region, reads_regions
 from nucseg.labels import check_label_map
 
 SPLITS = ("train", "val", "test")
@@ -89,9 +89,16 @@ class Source(Protocol):
     def content(self) -> bytes:
         """What the fingerprint is made of."""
 
+    def stamp(self) -> tuple:
+        """What changes when the content changes; what is remembered about the source holds as long as it does."""
+
     @property
     def labelled(self) -> bool:
         """Whether there is a label map."""
+
+    @property
+    def by_region(self) -> bool:
+        """Whether `region` costs less than `image`."""
 
 
 class _Cache:
@@ -151,6 +158,17 @@ class FileSource:
         """Whether there is an annotation file."""
         return self.label_path is not None
 
+    @property
+    def by_region(self) -> bool:
+        """True of TIFFs and slides."""
+        return reads_regions(self.image_path)
+
+    def stamp(self) -> tuple:
+        """Times and sizes of the files, so that corrected annotations are read again."""
+        return tuple(
+            file_stamp(path) for path in (self.image_path, self.label_path) if path is not None and path.exists()
+        )
+
     def shape(self) -> tuple[int, int]:
         """Height and width from the header."""
         return image_shape(self.image_path)
@@ -198,6 +216,11 @@ class ArraySource:
 
     pixels: np.ndarray
     label_map: np.ndarray | None = None
+    by_region = True
+
+    def stamp(self) -> tuple:
+        """Nothing: arrays are not watched."""
+        return ()
 
     @property
     def labelled(self) -> bool:
@@ -282,7 +305,7 @@ class Sample:
         """Cut one rectangle of the image, (height, width, 3) uint8; of a large image only that part is read."""
         shape = self.shape
         check_region(self.id, shape, row, col, height, width)
-        if shape[0] * shape[1] > WHOLE_IMAGE_PIXELS:
+        if self.source.by_region and shape[0] * shape[1] > WHOLE_IMAGE_PIXELS:
             return self.source.region(row, col, height, width)
         return self._cached_image()[row : row + height, col : col + width].copy()
 
@@ -293,17 +316,17 @@ class Sample:
 
     def content_digest(self) -> bytes:
         """SHA-256 over what `Source.content` gives, computed once per process."""
-        return _content_digest(self.source)
+        return _content_digest(self.source, self.source.stamp())
 
     def _cached_image(self) -> np.ndarray:
         if isinstance(self.source, ArraySource):  # in memory already
             return self.source.pixels
-        return CACHE.get(("image", self.source), self.source.image)
+        return CACHE.get(("image", self.source, self.source.stamp()), self.source.image)
 
     def _cached_labels(self) -> np.ndarray:
         if isinstance(self.source, ArraySource):
             return self.source.label_map
-        return CACHE.get(("labels", self.source), self.source.labels)
+        return CACHE.get(("labels", self.source, self.source.stamp()), self.source.labels)
 
 
 class MissingSplit(Sequence):
@@ -414,7 +437,7 @@ class Dataset:
 
         rows = {}
         for split, samples in (*self.splits.items(), ("total", self.samples)):
-            counts = [_count(sample.source) for sample in samples if sample.labelled]
+            counts = [_count(sample.source, sample.source.stamp()) for sample in samples if sample.labelled]
             nuclei, inside, annotated = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
             rows[split] = {
                 "images": len(samples),
@@ -433,21 +456,21 @@ class Dataset:
 
 
 @functools.lru_cache(maxsize=65536)
-def _content_digest(source: Source) -> bytes:
+def _content_digest(source: Source, stamp: tuple) -> bytes:
     return source.content()
 
 
 @functools.lru_cache(maxsize=65536)
-def _count(source: Source) -> tuple[int, int, int]:
+def _count(source: Source, stamp: tuple) -> tuple[int, int, int]:
     """Nuclei, pixels inside nuclei and all pixels of a labelled source; decoded once per process."""
-    labels = CACHE.get(("labels", source), source.labels)
+    labels = CACHE.get(("labels", source, stamp), source.labels)
     sizes = np.bincount(labels.ravel())
     return int(np.count_nonzero(sizes[1:])), int(labels.size - sizes[0]), int(labels.size)
 
 
 def count_nuclei(sample: Sample) -> int:
     """Distinct ids in a labelled sample's label map, counted once per process."""
-    return _count(sample.source)[0]
+    return _count(sample.source, sample.source.stamp())[0]
 
 
 def _fingerprint(samples) -> str:

@@ -66,6 +66,8 @@ def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
     for folder, names in walk(root, DEPTH):
         kind = folder.name.lower()
         home = folder.parent if kind in IMAGE_FOLDERS + LABEL_FOLDERS and folder != root else folder
+        if kind.startswith(("slide_", "gt_")):  # TNBC as it unzips
+            home, kind = folder.parent, "labels" if kind.startswith("gt_") else "images"
         for name in names:
             path = folder / name
             match = LABEL_FILE.match(name)

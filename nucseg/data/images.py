@@ -61,11 +61,26 @@ def read_image(path: str | Path) -> np.ndarray:
     return _read_tiff(path) if path.suffix.lower() in TIFF_SUFFIXES else _read_pillow(path)
 
 
-@functools.lru_cache(maxsize=4096)
 def image_shape(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image in pixels, from its header alone."""
+    """Height and width of an image in pixels, from its header alone; remembered until the file changes."""
     path = Path(path)
     _check_file(path)
+    return _image_shape(path, file_stamp(path))
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Time of change and size of a file: what is remembered about it holds as long as these do."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def reads_regions(path: str | Path) -> bool:
+    """Whether parts of this kind of file can be read without decoding it whole."""
+    return Path(path).suffix.lower() in TIFF_SUFFIXES + SLIDE_SUFFIXES
+
+
+@functools.lru_cache(maxsize=4096)
+def _image_shape(path: Path, stamp: tuple[int, int]) -> tuple[int, int]:
     if path.suffix.lower() in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
             page = tiff.pages[0]
@@ -201,6 +216,11 @@ def _read_tiff(path: Path) -> np.ndarray:
 def _tiff_region(page, row: int, col: int, height: int, width: int) -> np.ndarray:
     """Decode the tiles or strips of a TIFF page that a rectangle meets, and cut."""
     path = page.parent.filehandle.path
+    if page.is_memmappable:  # not compressed: the system reads only what is touched
+        whole = page.parent.filehandle.memmap_array(
+            page.parent.byteorder + page.dtype.char, page.shape, page.dataoffsets[0]
+        )
+        return np.array(whole[row : row + height, col : col + width])
     if page.planarconfig != 1 and page.samplesperpixel > 1:  # planes one after the other: rare, decode whole
         return np.moveaxis(page.asarray(), 0, -1)[row : row + height, col : col + width]
     tile_height, tile_width = (
