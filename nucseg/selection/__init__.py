@@ -2,7 +2,7 @@
 
 from nucseg.selection.config import SelectionConfig
 from nucseg.selection.content import nuclear_content
-from nucseg.selection.coverage import coverage, coverage_table, redundancy
+from nucseg.selection.coverage import coverage, coverage_table, most_alike, redundancy
 from nucseg.selection.cps import CPS, cps
 from nucseg.selection.features import PatchFeatures, extract
 from nucseg.selection.selection import STRATEGIES, Selection, label_share, select
@@ -20,6 +20,7 @@ __all__ = [
     "cps",
     "extract",
     "label_share",
+    "most_alike",
     "nuclear_content",
     "redundancy",
     "select",

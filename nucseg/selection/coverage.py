@@ -46,6 +46,14 @@ def redundancy(features: np.ndarray) -> float:
     return float(similar.max(1).mean())
 
 
+def most_alike(features: np.ndarray) -> tuple[int, int]:
+    """The two picks with the largest cosine similarity, lower number first; `features` as for `redundancy`."""
+    unit = normalize(features)
+    similar = np.triu(unit @ unit.T, 1) - 2 * np.tril(np.ones((len(unit), len(unit))))
+    i, j = np.unravel_index(similar.argmax(), similar.shape)
+    return int(i), int(j)
+
+
 def coverage_table(
     pool: PatchFeatures,
     k1: int,
