@@ -1,7 +1,7 @@
 """Mask synthesis (Sec. III-B): `pool` and `synthesis` are the paper's, `hou` its rival, `realism` measures both."""
 
 from nucseg.masks.hou import hou_density, hou_polygons
-from nucseg.masks.pool import MaskConfig, Nucleus, Pool, nucleus_pool
+from nucseg.masks.pool import MaskConfig, Nucleus, Pool, nucleus_pool, touching_share
 from nucseg.masks.realism import STATISTICS, realism, shape_statistics
 from nucseg.masks.synthesis import (
     MaskReport,
@@ -28,4 +28,5 @@ __all__ = [
     "synthesis_steps",
     "synthesize_masks",
     "synthesize_with_report",
+    "touching_share",
 ]

