@@ -27,7 +27,7 @@ def test_a_profile_lays_out_experiments_for_its_dataset(name):
 def test_the_paper_profile_has_the_printed_sizes_and_schedules():
     paper = load_profile("paper")
     assert (paper.selection.size, paper.selection.step, paper.grid.k2, paper.mask_count) == (256, 15, 4, 50)
-    assert paper.grid.k1 == {"kumar": 9, "tnbc": 6, "monuseg": 18}
+    assert {"kumar": 9, "tnbc": 6, "monuseg": 18}.items() <= paper.grid.k1.items()
     assert paper.encoder == "resnet50"
     schedule = paper.training_of("maskrcnn")
     assert (schedule.optimiser, schedule.lr, schedule.momentum, schedule.weight_decay) == ("sgd", 0.005, 0.9, 1e-4)
