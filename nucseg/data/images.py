@@ -80,6 +80,12 @@ def reads_regions(path: str | Path) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
+def _brightest(path: Path, stamp: tuple[int, int]) -> int:
+    with _open_tiff(path) as tiff:
+        return int(_pixels(tiff.pages[0]).max())
+
+
+@functools.lru_cache(maxsize=4096)
 def _image_shape(path: Path, stamp: tuple[int, int]) -> tuple[int, int]:
     if path.suffix.lower() in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
@@ -125,7 +131,10 @@ def read_region(path: str | Path, row: int, col: int, height: int, width: int) -
             return np.asarray(slide.read_region((col, row), 0, (width, height)))[..., :3].copy()
     if suffix in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
-            return _to_rgb(_tiff_region(tiff.pages[0], row, col, height, width), path, tiff.pages[0])
+            page = tiff.pages[0]
+            # a region of deep pixels must be reduced like the whole image, not by its own brightest pixel
+            brightest = _brightest(path, file_stamp(path)) if page.dtype.itemsize > 1 else None
+            return _to_rgb(_tiff_region(page, row, col, height, width), path, page, brightest)
     return read_image(path)[row : row + height, col : col + width].copy()
 
 
@@ -205,7 +214,7 @@ def _read_tiff(path: Path) -> np.ndarray:
     with _open_tiff(path) as tiff:
         page = tiff.pages[0]
         try:
-            data = page.asarray()
+            data = _pixels(page)
         except Exception as error:  # tifffile and imagecodecs raise many kinds; all of them mean the same to a user
             raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
         if len(tiff.pages) > 1 and all(other.shape == page.shape for other in tiff.pages):
@@ -213,16 +222,25 @@ def _read_tiff(path: Path) -> np.ndarray:
         return _to_rgb(data, path, page)
 
 
+def _planes(page) -> bool:
+    """Whether a TIFF page stores its colours as planes one after the other."""
+    return page.planarconfig != 1 and page.samplesperpixel > 1
+
+
+def _pixels(page) -> np.ndarray:
+    """Decode a whole TIFF page, colours last."""
+    return np.moveaxis(page.asarray(), 0, -1) if _planes(page) else page.asarray()
+
+
 def _tiff_region(page, row: int, col: int, height: int, width: int) -> np.ndarray:
     """Decode the tiles or strips of a TIFF page that a rectangle meets, and cut."""
     path = page.parent.filehandle.path
+    if _planes(page):  # rare: decode whole
+        return _pixels(page)[row : row + height, col : col + width]
     if page.is_memmappable:  # not compressed: the system reads only what is touched
-        whole = page.parent.filehandle.memmap_array(
-            page.parent.byteorder + page.dtype.char, page.shape, page.dataoffsets[0]
-        )
-        return np.array(whole[row : row + height, col : col + width])
-    if page.planarconfig != 1 and page.samplesperpixel > 1:  # planes one after the other: rare, decode whole
-        return np.moveaxis(page.asarray(), 0, -1)[row : row + height, col : col + width]
+        stored = page.dtype.newbyteorder(page.parent.byteorder)
+        whole = page.parent.filehandle.memmap_array(stored, page.shape, page.dataoffsets[0])
+        return np.array(whole[row : row + height, col : col + width], page.dtype)
     tile_height, tile_width = (
         (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
     )
@@ -265,13 +283,10 @@ def _open_slide(path: Path):
         raise ImageError(f"{path}: {name} cannot open this slide ({error})") from error
 
 
-def _to_rgb(data: np.ndarray, path: Path, page=None) -> np.ndarray:
+def _to_rgb(data: np.ndarray, path: Path, page=None, brightest: int | None = None) -> np.ndarray:
     """Turn decoded values of any common kind into (H, W, 3) uint8, with a warning where it matters."""
-    if page is not None:
-        if page.photometric == TIFF_CMYK:
-            raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
-        if data.ndim == 3 and page.planarconfig != 1 and data.shape[0] == page.samplesperpixel:
-            data = np.moveaxis(data, 0, -1)
+    if page is not None and page.photometric == TIFF_CMYK:
+        raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
     if data.ndim == 3 and data.shape[2] in (1, 2):  # grey, or grey with alpha
         data = data[..., 0]
     if data.ndim not in (2, 3) or (data.ndim == 3 and data.shape[2] not in (3, 4)) or 0 in data.shape:
@@ -284,7 +299,7 @@ def _to_rgb(data: np.ndarray, path: Path, page=None) -> np.ndarray:
         _warn(path, "was converted from palette colours to RGB")
         return np.ascontiguousarray((page.colormap[:, data] >> 8).astype(np.uint8).transpose(1, 2, 0))
     if data.dtype != np.uint8:
-        data = _to_8_bit(data, path)
+        data = _to_8_bit(data, path, brightest)
     if data.ndim == 2:
         _warn(path, "is grey and was copied to three channels; nuclei models expect H&E colours")
         if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
@@ -293,8 +308,8 @@ def _to_rgb(data: np.ndarray, path: Path, page=None) -> np.ndarray:
     return np.ascontiguousarray(data[..., :3])
 
 
-def _to_8_bit(data: np.ndarray, path: Path) -> np.ndarray:
-    top = int(data.max(initial=0))
+def _to_8_bit(data: np.ndarray, path: Path, brightest: int | None) -> np.ndarray:
+    top = int(data.max(initial=0)) if brightest is None else brightest
     if data.dtype.kind == "i" and int(data.min(initial=0)) < 0:
         raise ImageError(f"{path}: negative pixel values ({data.dtype}); save it as 8-bit RGB")
     # scanners store 10, 12, 14 or 16 significant bits in 16: take the fewest that hold the brightest pixel
