@@ -129,6 +129,13 @@ def test_a_constant_difference_has_no_spread_to_test_against():
     assert found.wilcoxon_p == pytest.approx(2 / 2**4)
 
 
+def test_equal_differences_tie_although_floating_point_tells_them_apart():
+    a, b = np.array([0.2, 0.2, 0.4, 0.6, 0.5]), np.array([0.3, 0.1, 0.3, 0.3, 0.2])
+    assert len(np.unique(np.abs(a - b))) == 4  # there are two sizes, 0.1 and 0.3, and rounding makes four of them
+    exact = np.array([-0.25, 0.25, 0.25, 0.75, 0.75])
+    assert paired_tests(a, b).wilcoxon_p == paired_tests(exact, np.zeros(5)).wilcoxon_p
+
+
 def test_the_smallest_wilcoxon_p_at_14_images_is_the_one_in_the_notes():
     a = 0.5 + np.arange(1, 15) / 100
     assert paired_tests(a, np.full(14, 0.5)).wilcoxon_p == pytest.approx(2 / 2**14)  # 1.2e-4
