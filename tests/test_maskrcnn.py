@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -263,6 +264,23 @@ def test_frozen_batchnorm_keeps_its_statistics_and_trains_its_weights(model):
     sum(model.train().loss(images, labels).values()).backward()
     assert torch.equal(norm.running_mean, before)
     assert norm.weight.grad.abs().sum() > 0
+
+
+def test_masks_are_learnt_on_a_bounded_number_of_positive_rois(model, monkeypatch):
+    images, labels = batch(3)
+    labels[2] = 0
+    model.config = dataclasses.replace(TINY, mask_samples=4)
+    pooled = []
+
+    def pool(features, image, rois, size):
+        pooled.append(image)
+        return torch.zeros(len(image), TINY.fpn_channels, size, size)
+
+    monkeypatch.setattr(model, "_pool", pool)
+    model.train().loss(images, labels)
+    boxes, masks = pooled
+    assert torch.bincount(masks, minlength=3).tolist() == [4, 4, 0]
+    assert torch.bincount(boxes, minlength=3).max() <= TINY.roi_samples
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,7 @@ class MaskRCNNConfig:
     roi_iou: float = 0.5
     roi_samples: int = 256
     roi_fraction: float = 0.33
+    mask_samples: int = 32  # positive RoIs per image that train the mask head, by far the most work per RoI
     score: float = 0.5
     nms: float = 0.4
     detections: int = 2000
@@ -119,7 +120,7 @@ class MaskRCNNConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a value in [0, 1], got {getattr(self, name)}")
         for name in ("fpn_channels", "box_pool", "mask_pool", "rpn_samples", "train_candidates", "train_proposals",
-                     "test_candidates", "test_proposals", "roi_samples", "detections"):  # fmt: skip
+                     "test_candidates", "test_proposals", "roi_samples", "mask_samples", "detections"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
@@ -195,8 +196,8 @@ class MaskRCNN(Segmenter):
         usable = torch.cat((usable, scaled.valid), dim=1)
         matches = match(candidates, scaled, config.roi_iou, config.roi_iou, keep_best=False)
         chosen, positive, drawn = sample(
-            matches.positive & usable, matches.negative & usable, config.roi_samples, config.roi_fraction,
-        )  # fmt: skip
+            matches.positive & usable, matches.negative & usable, config.roi_samples, config.roi_fraction
+        )
         image, slot = drawn.nonzero(as_tuple=True)
         index, positive = chosen[image, slot], positive[image, slot]
         rois, place = candidates[image, index], matches.place[image, index]
@@ -204,11 +205,13 @@ class MaskRCNN(Segmenter):
         score, box_offsets = self.box_head(self._pool(roi_map, image, rois, config.box_pool))
         losses["score"] = F.binary_cross_entropy_with_logits(score.float(), positive.float())
         which = positive.nonzero()[:, 0]
+        wanted = encode(scaled.boxes[image[which], place[which]], rois[which], BOX_WEIGHTS)
+        box_loss = F.smooth_l1_loss(box_offsets[which].float(), wanted, beta=SMOOTH_L1_BETA, reduction="sum")
+        losses["box"] = box_loss / max(1, len(positive))
+
+        # Positives come first and in random order, so the first places are a fair draw of them.
+        which = (positive & (slot < config.mask_samples)).nonzero()[:, 0]
         image, rois, place = image[which], rois[which], place[which]
-        wanted = encode(scaled.boxes[image, place], rois, BOX_WEIGHTS)
-        losses["box"] = F.smooth_l1_loss(
-            box_offsets[which].float(), wanted, beta=SMOOTH_L1_BETA, reduction="sum"
-        ) / max(1, len(positive))
 
         masks = self.mask_head(self._pool(roi_map, image, rois, config.mask_pool)).float()
         truth = mask_targets(targets.index, image, place, rois / scale, masks.shape[-1])
