@@ -27,29 +27,24 @@ REFERENCES = {
 }
 SLIPS = {
     "II": (
-        "In print, 'CSinGAN(w/o CwD)' equals Table VI's 'K1 = 9 w/o CSinGAN', which is the naive augmentation, "
-        "while NaiveAug "
-        "is another number: one of the two is mislabelled.",
+        "In print, 'CSinGAN(w/o CwD)' equals Table VI's 'K1 = 9 w/o CSinGAN', which is the naive augmentation, while "
+        "NaiveAug is another number: one of the two is mislabelled.",
     ),
     "III": (
         "In print, AJI is the mean over images in rows a, b, Ours and full supervision, but the mean of AJI-s and "
-        "AJI-u in "
-        "rows c to f. Ours is the mean over images throughout.",
+        "AJI-u in rows c to f. Ours is the mean over images throughout.",
     ),
     "IV": (
         "The printed rows MDC_NET and DPMSFF are quoted from other papers. Their code is not public: ours are our "
-        "reading "
-        "of MDC-Net, and PFFNet without attention fusion, consistency loss and mask-quality head for DPMSFF.",
+        "reading of MDC-Net, and PFFNet without attention fusion, consistency loss and mask-quality head for DPMSFF.",
         "The printed Kumar AJI of Hover-net is not the mean of its organs in Table V, and it equals the value that "
-        "PFFNet "
-        "published for itself.",
+        "PFFNet published for itself.",
         "The paper gives MoNuSeg's annotated share as 17 % and as 7 %; 18 patches are 3.9 % of its pixels.",
     ),
     "V": ("Spread is the highest minus the lowest organ.",),
     "VI": (
         "Label shares are computed: the union of the annotated pixels over the training pixels. K1 is scaled to the "
-        "dataset; "
-        "'w/o CSinGAN' is the naive augmentation.",
+        "dataset; 'w/o CSinGAN' is the naive augmentation.",
     ),
 }
 
@@ -67,16 +62,15 @@ def notes(
     if dataset == "tissue":
         found.insert(0, f"SYNTHETIC DATA. {SYNTHETIC_NOTE} These numbers say nothing about histology.")
     found.append(
-        "Ours: the mean over all test images for each seed, then mean ± standard deviation over seeds; models of "
-        "the last "
-        "pseudo-labelling round ('best round': of the highest validation AJI). AJI is the official one, beside it "
-        "AJI+, PQ and F1."
+        "Ours: the mean over all test images for each seed, then mean ± standard deviation over seeds; models of the "
+        "last pseudo-labelling round ('best round': of the highest validation AJI). AJI is the official one, beside "
+        "it AJI+, PQ and F1."
     )
     found += _comparisons(table, dataset, source, measured)
     if dataset == "kumar":
         found.append(
-            "Kumar circulates in two versions with different annotations (the current release holds 16,959 nuclei), so "
-            "differences from the paper of less than two points say nothing."
+            "Kumar circulates in two versions with different annotations (the current release holds 16,959 nuclei), "
+            "so differences from the paper of less than two points say nothing."
         )
     elif source != dataset:
         found.append(
@@ -100,8 +94,7 @@ def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> 
     seeds = ", ".join(map(str, sorted(used["seed"].unique())))
     text = (
         f"Profile {_all(used['profile'])}; dataset {dataset}, data version {_all(used['fingerprint'])}; {len(first)} "
-        "test images "
-        f"with {first['n_true'].sum():,} nuclei; encoder {_all(used['encoder'])}; seeds {seeds}."
+        f"test images with {first['n_true'].sum():,} nuclei; encoder {_all(used['encoder'])}; seeds {seeds}."
     )
     empty = used[(used["n_true"] == 0) & (used["n_pred"] == 0)]["image_id"].nunique()
     if empty:
@@ -116,13 +109,13 @@ def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> 
 def _comparisons(table: str, dataset: str, source: str, measured: Sequence) -> list[str]:
     if table not in REFERENCES:
         return []
-    found = [
-        f"Comparisons: AJI of the row minus that of {REFERENCES[table]}, paired by test image (seeds averaged first, "
-        "so n is "
-        "the number of images); 95 % bootstrap interval over images, paired t, Wilcoxon signed rank, in brackets "
-        "after Holm's "
-        "correction over this table."
-    ]
+    found = []
+    if any(_reference(one, measured) for one in measured):
+        found.append(
+            f"Comparisons: AJI of the row minus that of {REFERENCES[table]}, paired by test image (seeds averaged "
+            "first, so n is the number of images); 95 % bootstrap interval over images, paired t, Wilcoxon signed "
+            "rank, in brackets after Holm's correction over this table."
+        )
     apart = [one.label for one in measured if _other_segmenter(one, measured)]
     if apart and table != "IV":
         found.append(f"Not compared, because the reference was run with another segmenter: {'; '.join(apart)}.")
@@ -131,17 +124,22 @@ def _comparisons(table: str, dataset: str, source: str, measured: Sequence) -> l
         n = TEST_IMAGES[source]
         found.append(
             f"The printed P-values cannot be paired t-tests over images: with the paper's {n} test images the "
-            "smallest in this "
-            f"table, {min(p_values):.3g}, would need |t| = {needed_t(min(p_values), n):,.0f}. The unit must have "
-            "been patches or "
-            f"nuclei, which are not independent. The smallest Wilcoxon p that {n} images can give is {2 / 2**n:.1e}."
+            f"smallest in this table, {min(p_values):.3g}, would need |t| = {needed_t(min(p_values), n):,.0f}. The "
+            f"unit must have been patches or nuclei, which are not independent. The smallest Wilcoxon p that {n} "
+            f"images can give is {2 / 2**n:.1e}."
         )
     return found
 
 
-def _other_segmenter(one, measured: Sequence) -> bool:
+def _reference(one, measured: Sequence):
+    """Return the row that a row is compared with, None where one of the two was not run."""
     reference = next((other for other in measured if other.row.key == one.row.reference), None)
-    return bool(reference and one.found and reference.found and reference.segmenter != one.segmenter)
+    return reference if reference and one.found and reference.found else None
+
+
+def _other_segmenter(one, measured: Sequence) -> bool:
+    reference = _reference(one, measured)
+    return reference is not None and reference.segmenter != one.segmenter
 
 
 def _same_runs(measured: Sequence) -> list[str]:

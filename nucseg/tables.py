@@ -260,7 +260,7 @@ def _measure(
         found = tuple(last)
         best = [results[e][results[e]["best"] == 1] for e in found]
         segmenter = settings.segmenter(row)
-        label = row.label if segmenter == row.spec.segmenter else f"{row.label} [run with {segmenter}]"
+        label = f"{row.label} [run with {segmenter}]" if found and segmenter != row.spec.segmenter else row.label
         if not found:
             named = (row.id, segmenter, row.spec.augmentation)
             default = NOT_YET if settings.runs(row) else NOT_IN_PROFILE

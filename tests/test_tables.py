@@ -228,8 +228,18 @@ def test_substitutes_are_named_in_the_row_and_never_compared_with_another_segmen
     assert np.isnan(line(made, "I.kmeans")["t p"])  # its reference ran with Mask R-CNN
     assert not np.isnan(line(made, "I.kmeans-plabel")["t p"])  # both ran with the substitute
     notes = " ".join(made.notes)
+    assert "Comparisons: AJI of the row minus that of the CPS row" in notes
     assert "Not compared, because the reference was run with another segmenter: RndCrop" in notes
     assert "use hoverlite in place of the paper's maskrcnn" in notes
+
+
+def test_a_row_that_was_not_run_names_no_substitute_and_no_comparison():
+    settings = dataclasses.replace(SETTINGS, substitutes={"maskrcnn": "hoverlite"}, rows={"I": ("cps",)})
+    made = make_table("I", made_up("tissue", settings), "tissue", settings)
+    labels = made.frame.set_index("id")["row"]
+    assert labels["I.cps"] == "CPS + MRCNN [run with hoverlite]"
+    assert labels["I.kmeans"] == "K-means + MRCNN"
+    assert not any(note.startswith("Comparisons:") for note in made.notes)
 
 
 def test_a_row_that_is_the_same_run_as_its_reference_is_not_compared_with_itself():
