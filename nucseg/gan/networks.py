@@ -73,3 +73,37 @@ def initialise(net: nn.Module, generator: torch.Generator) -> None:
             weight.copy_(mean + 0.02 * torch.randn(weight.shape, generator=generator))
             if module.bias is not None:
                 module.bias.zero_()
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN of pix2pix and CycleGAN: convolutions 4x4, `layers` of them at stride 2; 3 give a 70-pixel field."""
+
+    def __init__(self, in_channels: int, channels: int, layers: int, norm: type[nn.Module]):
+        super().__init__()
+        bias = norm is nn.InstanceNorm2d
+        net = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for i in range(1, layers + 1):
+            before, width = width, channels * min(2**i, 8)
+            stride = 2 if i < layers else 1
+            net += [nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=bias), norm(width), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*net, nn.Conv2d(width, 1, 4, padding=1))
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h2 w2"]:
+        return self.net(images)
+
+
+class SeededDropout(nn.Module):
+    """Dropout that draws from its own `draw` (a `torch.Generator`) and never from the global one.
+
+    Always on: pix2pix keeps it when it generates, as its only source of variety.
+    """
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+        self.draw: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = torch.rand(x.shape, generator=self.draw, device=x.device) >= self.share
+        return x * keep / (1 - self.share)

@@ -17,8 +17,8 @@ import torch
 class ParallelStep:
     """Call it to run every given step once.
 
-    A context manager. The steps must be independent of each other, read and write the same tensors on every call (refill them in place
-    between calls), and never wait for the device.
+    A context manager. The steps must be independent of each other, read and write the same tensors on every call
+    (refill them in place between calls), and never wait for the device.
 
     Parameters
     ----------

@@ -407,15 +407,16 @@ class PyramidSynthesizer(Synthesizer):
         noise = [self._rec_noise(i, n, sizes[n]) for n in range(scales)]
         return self._chain(i, scales, mask_pyramid(mask, sizes) if self.conditional else None, noise)
 
-    def _chain(self, i: int, scales: int, masks: list[Tensor] | None, noise: list[Tensor]) -> list[Tensor]:
-        """Eq. 2 from scale 0 to `scales` - 1 with finished generators."""
-        images, previous = [], None
-        for n in range(scales):
-            if n:
-                previous = upsample(images[-1], noise[n].shape[-1])
+    def _chain(
+        self, i: int, scales: int, masks: list[Tensor] | None, noise: list[Tensor], start: int = 0, below=None
+    ) -> list[Tensor]:
+        """Eq. 2 from scale `start` to `scales` - 1 with finished generators; `below` is the image before `start`."""
+        images = [] if below is None else [below]
+        for n in range(start, scales):
+            previous = upsample(images[-1], noise[n].shape[-1]) if images else None
             mask = None if masks is None else masks[n]
             images.append(paint(self.generators[n][i], mask, self.amplitudes[n][i] * noise[n], previous))
-        return images
+        return images if below is None else images[1:]
 
     def _rec_noise(self, i: int, n: int, size: int) -> Tensor:
         if n == 0 and self.fixed is not None:
