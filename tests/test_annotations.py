@@ -135,11 +135,31 @@ def test_a_trembling_outline_is_kept_and_only_noted_in_the_report(tmp_path):
     read_xml(tmp_path / "a.xml", (14, 14))  # warns of nothing
 
 
+def test_an_outline_that_loses_part_of_its_area_is_kept_with_a_warning(tmp_path):
+    lobe = [(0, 0), (10, 0), (10, 10), (9, 10), (1, 20), (9, 20), (1, 10), (0, 10)]  # the second half runs backwards
+    with pytest.warns(AnnotationWarning, match=r"1 kept: outline crosses itself.*region 1"):
+        labels = read_xml(_xml(tmp_path / "a.xml", lobe), (24, 12))
+    assert labels[5, 5] == labels[18, 5] == 1
+
+
 def test_many_odd_polygons_give_one_warning_that_counts_them(tmp_path):
     path = _xml(tmp_path / "a.xml", *([[(1, 1), (2, 2)]] * 30))
     with pytest.warns(AnnotationWarning, match="and 22 more") as caught:
         read_xml(path, (9, 9))
     assert len(caught) == 1
+
+
+def test_regions_whose_ids_are_used_twice_are_told_apart_by_their_number(tmp_path):
+    layer = '<Annotation><Regions><Region Id="1"><Vertices>{}</Vertices></Region></Regions></Annotation>'
+    good = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in _square(1, 1, 4))
+    (tmp_path / "a.xml").write_text(f"<Annotations>{layer.format(good)}{layer.format('')}</Annotations>")
+    with pytest.warns(AnnotationWarning, match=r"1 skipped: no vertices \(region 1 \(number 2\)\)"):
+        assert (read_xml(tmp_path / "a.xml", (9, 9)) == 1).sum() == 16
+    features = [{**_feature(_closed_square(1, 1, 4)), "id": "PathAnnotationObject"}] * 2
+    features[1] = {**features[1], "geometry": None}
+    (tmp_path / "a.geojson").write_text(json.dumps(features))
+    with pytest.warns(AnnotationWarning, match=r"1 skipped: .*PathAnnotationObject \(number 2\)"):
+        assert (read_geojson(tmp_path / "a.geojson", (9, 9)) == 1).sum() == 16
 
 
 def test_an_excluded_region_is_skipped_and_said_so(tmp_path):

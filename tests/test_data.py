@@ -480,7 +480,7 @@ def test_16_bit_rgb_is_reduced_to_8_by_its_significant_bits_with_a_warning(tmp_p
 def test_palette_images_are_converted_with_a_warning(tmp_path):
     palette = Image.fromarray(RGB).quantize(16)
     palette.save(tmp_path / "a.png")
-    with pytest.warns(ImageWarning, match="from P to RGB"):
+    with pytest.warns(ImageWarning, match="from palette colours to RGB"):
         image = read_image(tmp_path / "a.png")
     np.testing.assert_array_equal(image, np.asarray(palette.convert("RGB")))
 
@@ -619,6 +619,8 @@ def test_the_packed_form_is_preferred_and_forms_are_never_mixed(real_data, tmp_p
     (tmp_path / "packed" / "images").mkdir(parents=True)
     (tmp_path / "packed" / "labels").mkdir()
     shutil.copy(real_data / "kumar" / "images" / f"{row.id}.webp", tmp_path / "packed" / "images")
+    (tmp_path / "coloured").mkdir()
+    _write(tmp_path / "coloured" / f"{row.id}.png", RGB)  # a picture of the labels, say: never before the TIFF
     found = find_samples("kumar", [row], tmp_path)[row.id].source
     assert (found.image_path.suffix, found.label_path.suffix) == (".tif", ".xml")  # packed has no labels yet
     shutil.copy(real_data / "kumar" / "labels" / f"{row.id}.png", tmp_path / "packed" / "labels")

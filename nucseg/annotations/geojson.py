@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.outlines import trace
-from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize
+from nucseg.annotations.polygons import AnnotationReport, Region, rasterize, unique_names
 
 if TYPE_CHECKING:
     from nucseg.data import Patch
@@ -112,23 +113,25 @@ def read_geojson(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
 
 def read_geojson_report(path: str | Path, shape: tuple[int, int]) -> tuple[np.ndarray, AnnotationReport]:
     """Read like `read_geojson`, and return the problems as an `AnnotationReport` instead of warning."""
-    regions, ids, unread = [], [], {}
+    names, shapes, ids, unread = [], [], [], {}
     for number, feature in enumerate(_features(Path(path)), 1):
         properties = _mapping(feature.get("properties"))
         if _class_name(properties) == PATCH or properties.get("objectType") == "root":
             continue
-        name = str(feature.get("id") or properties.get("name") or f"number {number}")
+        names.append(str(feature.get("id") or properties.get("name") or f"number {number}"))
         geometry = feature.get("nucleusGeometry") or feature.get("geometry")
         try:
             rings = _rings(geometry)
         except (TypeError, ValueError, KeyError, IndexError) as error:
-            unread[len(regions)] = Problem(name, f"no area that can be filled ({error})", skipped=True)
+            unread[len(shapes)] = f"no area that can be filled ({error})"
             rings = ()
-        regions.append(Region(name, rings))
+        shapes.append(rings)
         ids.append(_measurements(properties).get(LABEL_ID))
+    names = unique_names(names)
+    regions = [Region(name, rings) for name, rings in zip(names, shapes, strict=True)]
     labels, problems = rasterize(regions, shape, _unique_ids(ids), HALF_PIXEL)
-    instead = {problem.region: problem for problem in unread.values()}
-    problems = tuple(instead.get(problem.region, problem) for problem in problems)
+    why = {names[index]: reason for index, reason in unread.items()}
+    problems = tuple(replace(problem, reason=why.get(problem.region, problem.reason)) for problem in problems)
     n_nuclei = int(np.count_nonzero(np.bincount(labels.ravel())[1:]))
     return labels, AnnotationReport(str(path), len(regions), n_nuclei, problems)
 

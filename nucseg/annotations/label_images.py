@@ -115,6 +115,9 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
+    with open(path, "rb") as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            raise AnnotationError(f"{path}: not a .npy file; write it with numpy.save")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -13,6 +13,7 @@ report; skipping them would lose a third of the nuclei. Only an outline whose pa
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class AnnotationReport:
         for problem in self.problems:
             if harmless or not problem.harmless:
                 reasons.setdefault((problem.reason, problem.skipped), []).append(problem.region)
-        lines = [f"{self.path}: {self.n_nuclei} nuclei from {self.n_regions} regions"]
+        lines = [f"{self.path}: {self.n_regions} regions gave {self.n_nuclei} nuclei"]
         for (reason, skipped), ids in reasons.items():
             more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
             listed = ", ".join(ids[:SHOWN]) + more
@@ -82,6 +83,13 @@ class Region:
 
     name: str
     rings: tuple[np.ndarray, ...]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Add the number in the file to names that occur twice: ids restart in every Aperio layer, and old QuPath
+    calls every object PathAnnotationObject."""
+    seen = Counter(names)
+    return [name if seen[name] == 1 else f"{name} (number {number})" for number, name in enumerate(names, 1)]
 
 
 def rasterize(

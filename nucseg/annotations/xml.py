@@ -16,7 +16,7 @@ from xml.sax.handler import ContentHandler
 import numpy as np
 
 from nucseg.annotations.errors import AnnotationError
-from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize
+from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize, unique_names
 
 
 def read_xml(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
@@ -95,7 +95,8 @@ def _parse(path: Path) -> tuple[list[Region], list[Problem]]:
     if reader.root != "Annotations" and not reader.regions:
         raise AnnotationError(f"{path}: no Aperio annotations: the root is <{reader.root}>, expected <Annotations>")
     regions, problems = [], []
-    for name, excluded, vertices in reader.regions:
+    names = unique_names([name for name, _, _ in reader.regions])
+    for name, (_, excluded, vertices) in zip(names, reader.regions, strict=True):
         ring = np.zeros((0, 2))
         if excluded:
             problems.append(Problem(name, "marked as excluded (NegativeROA)", skipped=True))

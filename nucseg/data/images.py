@@ -186,7 +186,7 @@ def _read_pillow(path: Path) -> np.ndarray:
         if mode in ("RGB", "RGBA"):
             return np.array(image)[..., :3].copy() if mode == "RGBA" else np.array(image)
         if mode in ("P", "YCbCr", "LAB", "HSV"):
-            _warn(path, f"was converted from {mode} to RGB")
+            _warn(path, f"was converted from {'palette' if mode == 'P' else mode} colours to RGB")
             return np.array(image.convert("RGB"))
         if mode == "1":
             return _to_rgb(np.array(image).astype(np.uint8) * 255, path)

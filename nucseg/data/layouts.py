@@ -74,6 +74,7 @@ def find_tcga_pairs(root: Path, patients: set[str]) -> dict[str, tuple[Path, Pat
     """
     packed: dict[str, dict[str, Path]] = {"image": {}, "labels": {}}
     official: dict[str, dict[str, Path]] = {"image": {}, "labels": {}}
+    converted: dict[str, Path] = {}  # PNG copies of the official TIFFs; or pictures of masks, so TIFFs come first
     for folder, names in walk(root):
         for name in names:
             match = TCGA.match(name)
@@ -88,8 +89,11 @@ def find_tcga_pairs(root: Path, patients: set[str]) -> dict[str, tuple[Path, Pat
                 packed["labels"].setdefault(patient, path)
             elif folder.name == "images" and (folder.parent / "labels").is_dir() and suffix in IMAGE_SUFFIXES:
                 packed["image"].setdefault(patient, path)
-            elif suffix in (".tif", ".tiff", ".svs") or (suffix == ".png" and "mask" not in str(folder).lower()):
+            elif suffix in (".tif", ".tiff", ".svs"):
                 official["image"].setdefault(patient, path)
+            elif suffix == ".png" and "mask" not in folder.name.lower():
+                converted.setdefault(patient, path)
+    official["image"] = converted | official["image"]
     pairs = {}
     for form in (official, packed):
         pairs.update({p: (form["image"][p], form["labels"][p]) for p in form["image"] if p in form["labels"]})
