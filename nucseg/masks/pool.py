@@ -83,6 +83,8 @@ class Nucleus:
         R_q: largest distance from the insertion point to a pixel of the nucleus.
     depth
         Distance from the insertion point to the nearest pixel outside the nucleus; 0 if it lies outside itself.
+    outline
+        (n, 2) rows and columns of the pixels that have a neighbour outside, relative to the insertion point.
     source
         Which nucleus of the patch it came from, counted from 0 over those in E.
     """
@@ -91,6 +93,7 @@ class Nucleus:
     centre: tuple[int, int]
     reach: float
     depth: float
+    outline: np.ndarray
     source: int
 
 
@@ -125,9 +128,12 @@ def _nucleus(mask: np.ndarray, source: int) -> Nucleus:
     rows, cols = rows - rows.min(), cols - cols.min()
     row, col = round(float(rows.mean())), round(float(cols.mean()))
     reach = float(np.sqrt(((rows - row) ** 2 + (cols - col) ** 2).max()))
-    outside = np.argwhere(~np.pad(mask, 1)) - 1
+    around = np.pad(mask, 1)
+    outside = np.argwhere(~around) - 1
     depth = float(np.sqrt(((outside - (row, col)) ** 2).sum(axis=1).min()))
-    return Nucleus(np.ascontiguousarray(mask), (row, col), reach, depth, source)
+    inner = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    outline = np.argwhere(mask & ~inner) - (row, col)
+    return Nucleus(np.ascontiguousarray(mask), (row, col), reach, depth, outline, source)
 
 
 def _largest_part(mask: np.ndarray) -> np.ndarray:
