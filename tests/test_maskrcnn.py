@@ -420,6 +420,7 @@ def test_resnet50_starts_from_a_file_of_weights(tmp_path):
     [
         ({"scale": 0.0}, "scale"),
         ({"strides": [4, 8]}, "anchors"),
+        ({"strides": [4, 8], "anchors": [[8, 16], [32]]}, "anchors"),
         ({"strides": [3], "anchors": [[8]]}, "strides"),
         ({"score": 1.5}, "score"),
         ({"overlap": 600}, "overlap"),

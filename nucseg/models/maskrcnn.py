@@ -105,8 +105,8 @@ class MaskRCNNConfig:
     overlap: int = 128
 
     def __post_init__(self):
-        if len(self.anchors) != len(self.strides):
-            raise ValueError(f"anchors: one tuple of sizes per stride {self.strides}, got {self.anchors}")
+        if len(self.anchors) != len(self.strides) or len(set(map(len, self.anchors))) != 1:
+            raise ValueError(f"anchors: equally many sizes for each stride of {self.strides}, got {self.anchors}")
         if any(stride not in (2, 4, 8, 16, 32, 64) for stride in self.strides):
             raise ValueError(f"strides: expected some of 2, 4, 8, 16, 32, 64, got {self.strides}")
         if self.roi_stride not in (2, 4):
