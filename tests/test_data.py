@@ -26,6 +26,7 @@ from nucseg.data import (
     load_dataset,
     read_image,
     read_region,
+    sources,
 )
 from nucseg.data import dataset as dataset_module
 from nucseg.data.kumar import REPLACED, find_samples, load, recognise
@@ -37,7 +38,7 @@ RGB = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
 @pytest.fixture(autouse=True)
 def _fresh_caches():
-    dataset_module.CACHE.clear()
+    sources.CACHE.clear()
     images._image_shape.cache_clear()
 
 
@@ -237,7 +238,7 @@ def test_what_a_caller_does_to_an_image_does_not_reach_the_next_caller(tmp_path)
 def test_an_image_is_decoded_once_while_it_is_in_use(tmp_path, monkeypatch):
     _write(tmp_path / "a.png", RGB)
     calls = []
-    monkeypatch.setattr(dataset_module, "read_image", lambda path: calls.append(path) or RGB)
+    monkeypatch.setattr(sources, "read_image", lambda path: calls.append(path) or RGB)
     sample = load_dataset(tmp_path).train[0]
     for _ in range(5):
         sample.image, sample.region(1, 2, 3, 4)
@@ -263,14 +264,14 @@ def test_large_images_without_regions_are_decoded_once_for_many_crops(tmp_path, 
     monkeypatch.setattr(dataset_module, "WHOLE_IMAGE_PIXELS", 10)
     _write(tmp_path / "a.png", RGB)
     calls = []
-    monkeypatch.setattr(dataset_module, "read_image", lambda path: calls.append(path) or RGB)
+    monkeypatch.setattr(sources, "read_image", lambda path: calls.append(path) or RGB)
     for _ in range(3):
         load_dataset(tmp_path).train[0].region(1, 2, 3, 4)
     assert len(calls) == 1
 
 
 def test_the_cache_stays_below_its_limit_and_drops_what_was_used_longest_ago():
-    cache = dataset_module._Cache(limit=250)
+    cache = sources._Cache(limit=250)
     made = []
 
     def get(key):
@@ -573,7 +574,7 @@ def test_only_the_tiles_that_a_region_meets_are_decoded(pyramid, monkeypatch, tm
     def forbidden(path):
         raise AssertionError("the whole image was decoded")
 
-    monkeypatch.setattr(dataset_module, "read_image", forbidden)
+    monkeypatch.setattr(sources, "read_image", forbidden)
     monkeypatch.setattr(images, "read_image", forbidden)
     monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda *args, **kwargs: forbidden(path))
     read = []

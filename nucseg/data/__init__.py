@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nucseg.annotations.errors import DataError
 from nucseg.config import nearest
-from nucseg.data.dataset import DataError, Dataset, MissingData, Patch, Sample
+from nucseg.data.dataset import Dataset, MissingData, Patch, Sample
 from nucseg.data.images import ImageError, ImageWarning, read_image, read_region
 
 NAMES = ("tissue", "kumar", "monuseg", "tnbc")

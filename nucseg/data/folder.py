@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nucseg.data.dataset import SPLITS, DataError, Dataset, FileSource, MissingData, Sample
+from nucseg.annotations.errors import DataError
+from nucseg.data.dataset import SPLITS, Dataset, MissingData, Sample
 from nucseg.data.images import IMAGE_SUFFIXES
 from nucseg.data.layouts import walk
+from nucseg.data.sources import FileSource
 
 IMAGE_FOLDERS = ("images", "image", "tissue images", "img")
 LABEL_FOLDERS = ("labels", "label", "masks", "annotations", "label_maps")

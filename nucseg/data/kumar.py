@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nucseg.data.dataset import Dataset, FileSource, MissingData, Sample, count_nuclei
+from nucseg.data.dataset import Dataset, MissingData, Sample, count_nuclei
 from nucseg.data.layouts import Row, find_tcga_pairs, rows, searched, splits_from
+from nucseg.data.sources import FileSource
 
 LICENCE = "CC BY-NC-SA 4.0 (non-commercial, share-alike), as stated with the challenge data; slides from TCGA"
 HOME = "https://monuseg.grand-challenge.org/Data/"

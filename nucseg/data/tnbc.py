@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nucseg.data.dataset import Dataset, FileSource, MissingData, Sample, count_nuclei
+from nucseg.data.dataset import Dataset, MissingData, Sample, count_nuclei
 from nucseg.data.layouts import find_tnbc_pairs, rows, searched, splits_from
+from nucseg.data.sources import FileSource
 
 LICENCE = "CC BY 4.0 (attribution), as published on Zenodo"
 HOME = "https://zenodo.org/records/2579118"
