@@ -10,11 +10,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import timm
 import torch
 from sklearn.cluster import KMeans
 from torch import nn
 
 from nucseg.config import ConfigError, from_mapping
+from nucseg.encoders import Encoder
 from nucseg.selection import (
     STRATEGIES,
     PatchFeatures,
@@ -242,10 +244,10 @@ def test_cps_on_a_gpu_chooses_what_it_chooses_on_a_cpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bfloat16_features_of_a_gpu_are_close_to_those_of_a_cpu(slides):
-    from nucseg.encoders import Encoder
-
-    encoder = Encoder("efficientnet_lite0")
+def test_bfloat16_features_of_a_gpu_are_close_to_those_of_a_cpu(slides, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "random.pth")
+    encoder = Encoder("resnet18", weights=tmp_path / "random.pth")
     host, gpu = (extract(slides, encoder, SMALL, device) for device in ("cpu", "cuda"))
     error = np.linalg.norm(host.features - gpu.features, axis=1) / np.linalg.norm(host.features, axis=1)
     assert np.median(error) < 0.05

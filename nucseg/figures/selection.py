@@ -264,6 +264,7 @@ def _seeds(tables: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _foot(figure: Figure, note: str) -> None:
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # below it `style.sign` writes its line
-    if note.strip():
-        figure.supxlabel(note.strip(), fontsize=8, x=0.01, ha="left")
+    """Write a note at the bottom, above the line that `style.sign` writes."""
+    height = figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, 0.34 / height, 1, 1 - 0.34 / height))
+    figure.text(0.01, 0.17 / height, note.strip(), fontsize=8, ha="left", va="bottom")
