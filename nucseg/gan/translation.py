@@ -165,7 +165,8 @@ class TranslationSynthesizer(Synthesizer):
         return self
 
     def _set(self, size: int, init: torch.Generator) -> None:
-        self.size, self.nets = size, nn.ModuleDict(self._make(size))
+        with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
+            self.size, self.nets = size, nn.ModuleDict(self._make(size))
         initialise(self.nets, init)
         self.nets.to(self.device).train()
 
@@ -178,14 +179,19 @@ class TranslationSynthesizer(Synthesizer):
 def augment(
     images: Float[Tensor, "1 c s s"], enlarge: float, flip: bool, rng: np.random.Generator
 ) -> Float[Tensor, "1 c s s"]:
-    """Resize (bicubic), cut a random window of the old size, mirror half of the time; masks stay in {-1, 1}."""
+    """Resize, cut a random window of the old size, mirror half of the time.
+
+    The last channel is a mask and stays in {-1, 1} (nearest neighbour); colours before it are resized bicubically.
+    """
     size = images.shape[-1]
     larger = round(size * enlarge)
     row, col = rng.integers(0, larger - size + 1, 2)
     if larger > size:
-        colour = F.interpolate(images[:, :-1], (larger, larger), mode="bicubic", align_corners=False).clamp(-1, 1)
-        mask = F.interpolate(images[:, -1:], (larger, larger), mode="nearest-exact")
-        images = torch.cat([colour, mask], 1)[..., row : row + size, col : col + size]
+        parts = [F.interpolate(images[:, -1:], (larger, larger), mode="nearest-exact")]
+        if images.shape[1] > 1:
+            colour = F.interpolate(images[:, :-1], (larger, larger), mode="bicubic", align_corners=False)
+            parts.insert(0, colour.clamp(-1, 1))
+        images = torch.cat(parts, 1)[..., row : row + size, col : col + size]
     return images.flip(-1) if flip and rng.random() < 0.5 else images
 
 
