@@ -58,6 +58,7 @@ def figure4(
             f"figure 4 needs at least one mask of each method, got {len(ours)} of ours and {len(hou)} of Hou"
         )
     figure = Figure(figsize=(10, 8.2), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
     left = ["real", "real"] if image is None else ["real", "image"]
     axes = figure.subplot_mosaic(
         [

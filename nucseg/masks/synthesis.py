@@ -28,6 +28,7 @@ Deviations and choices, each with its reason:
 
 from __future__ import annotations
 
+import bisect
 import warnings
 from dataclasses import dataclass, replace
 
@@ -161,9 +162,8 @@ class _Canvas:
         return sum(area for area in self.areas if area >= self.config.min_area)
 
 
-def _draw(pool: Pool, rng: np.random.Generator) -> int:
-    source = np.searchsorted(np.cumsum(pool.weights), rng.random() * pool.weights.sum(), side="right")
-    copies = pool.members[min(source, len(pool.members) - 1)]
+def _draw(pool: Pool, cumulative: list[float], rng: np.random.Generator) -> int:
+    copies = pool.members[min(bisect.bisect(cumulative, rng.random()), len(pool.members) - 1)]
     return copies[rng.integers(len(copies))]
 
 
@@ -171,8 +171,9 @@ def _fill(canvas: _Canvas, wanted: float, rng: np.random.Generator, q: int | Non
     """Run the iterations of one mask: Q of them, or until the crop holds `wanted` pixels of foreground."""
     config = canvas.config
     failures, foreground = 0, 0
+    cumulative = np.cumsum(canvas.pool.weights).tolist()
     while q is None or len(canvas.placements) < q:
-        member = _draw(canvas.pool, rng)
+        member = _draw(canvas.pool, cumulative, rng)
         position = canvas.find(member, rng)
         if position is None:
             failures, canvas.passed = failures + 1, canvas.passed + 1
