@@ -106,9 +106,9 @@ def _first_levels(net: nn.Module, count: int) -> list[nn.Module]:
     if not count:
         return []
     last = net.feature_info.module_name(count - 1)
-    leaves = [(name, module) for name, module in net.named_modules() if not list(module.children())]
-    end = max(i for i, (name, _) in enumerate(leaves) if name == last or name.startswith(f"{last}."))
-    return [module for _, module in leaves[: end + 1]]  # defined in the order in which they compute
+    layers = [(name, module) for name, module in net.named_modules() if list(module.parameters(recurse=False))]
+    end = max(i for i, (name, _) in enumerate(layers) if name == last or name.startswith(f"{last}."))
+    return [module for _, module in layers[: end + 1]]  # defined in the order in which they compute
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:

@@ -85,7 +85,7 @@ class HoverNet(HoverSegmenter):
             raise EncoderError(f"hovernet: its encoder is {ENCODER!r}, got {encoder!r}; 'hoverlite' takes any encoder")
         self.config = config
         fast = config.mode == "fast"
-        self.kernel, self.margin = (3, 46) if fast else (5, 95)
+        self.kernel, self.margin, self.stem = (3, 46, 0) if fast else (5, 95, 6)  # stem: pixels that the 7x7 eats
         self.conv0 = nn.Sequential()
         self.conv0.add_module("/", nn.Conv2d(3, 64, 7, padding=3 if fast else 0, bias=False))
         self.conv0.add_module("bn", nn.BatchNorm2d(64))
@@ -118,14 +118,18 @@ class HoverNet(HoverSegmenter):
 
     def _whole(self, images: Tensor) -> tuple[Tensor, Tensor]:
         h, w = images.shape[-2:]
-        # A valid input is 8k pixels plus what the stem eats; round up, and cut the surplus off again.
-        stem = 0 if self.config.mode == "fast" else 6
-        down, right = ((-(n + 2 * self.margin - stem)) % 8 for n in (h, w))
+        # Round up to a size that fits, and cut the surplus off again.
+        down, right = ((self.stem - n - 2 * self.margin) % 8 for n in (h, w))
         images = _mirror(images, (self.margin, self.margin + right, self.margin, self.margin + down))
         logits, hv = self._centre(images)
         return logits[..., :h, :w], hv[..., :h, :w]
 
     def _centre(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if any(n <= 2 * self.margin or (n - self.stem) % 8 for n in images.shape[-2:]):
+            raise ValueError(
+                f"hovernet, {self.config.mode} mode: sides must be above {2 * self.margin} and a multiple of 8 plus "
+                f"{self.stem}, got {tuple(images.shape[-2:])}; with `mirror` any size will do"
+            )
         x = self.conv0(images)
         x0 = self.d0(x)
         x1 = self.d1(x0)

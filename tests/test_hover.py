@@ -1,0 +1,274 @@
+"""HoVer targets, losses, post-processing, and the two networks that use them."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from nucseg.inference import InferenceConfig
+from nucseg.models import REGISTRY, build, config_class
+from nucseg.models.hover import HoverConfig, hover_losses, hv_targets, instances_from_maps
+from nucseg.models.hoverlite import HoverLiteConfig
+from nucseg.models.hovernet import HoverNetConfig
+from nucseg.training import TrainingConfig, train
+
+SMALL = HoverLiteConfig(widths=(16, 16, 8, 8), frozen=2, inference=InferenceConfig(tile=128, overlap=32))
+
+
+def ellipses(size=96, count=14, seed=0):
+    """Overlapping ellipses, later ones on top, with ids far apart."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((size, size), dtype=np.int32)
+    yy, xx = np.mgrid[:size, :size]
+    for i in range(count):
+        y, x = rng.uniform(0, size, 2)
+        a, b = rng.uniform(4, 10, 2)
+        labels[((yy - y) / a) ** 2 + ((xx - x) / b) ** 2 < 1] = 3 + 11 * i
+    return labels
+
+
+def hv_by_loop(labels, smallest):
+    hv = np.zeros((2, *labels.shape), dtype=np.float32)
+    for i in np.unique(labels[labels > 0]):
+        y, x = np.nonzero(labels == i)
+        if len(y) < smallest:
+            continue
+        for channel, place in ((0, x), (1, y)):
+            offset = (place - np.floor(place.mean() + 0.5)).astype(np.float32)
+            offset[offset < 0] /= max(-offset.min(), 1)
+            offset[offset > 0] /= max(offset.max(), 1)
+            hv[channel][y, x] = offset
+    return hv
+
+
+@pytest.mark.parametrize("smallest", [0, 60])
+def test_targets_equal_a_loop_over_nuclei(smallest):
+    maps = np.stack([ellipses(seed=s) for s in range(3)] + [np.zeros((96, 96), dtype=np.int32)])
+    inside, hv = hv_targets(torch.from_numpy(maps), smallest)
+    assert np.array_equal(inside.numpy(), maps > 0)
+    for found, labels in zip(hv, maps, strict=True):
+        np.testing.assert_allclose(found.numpy(), hv_by_loop(labels, smallest), atol=1e-6)
+
+
+def test_targets_do_not_depend_on_the_ids():
+    labels = ellipses()
+    other = np.where(labels > 0, 5000 - labels, 0)
+    first, second = (hv_targets(torch.from_numpy(maps)[None])[1] for maps in (labels, other))
+    assert torch.equal(first, second)
+
+
+def test_perfect_maps_cost_nothing_and_worse_ones_more():
+    inside, hv = hv_targets(torch.from_numpy(ellipses())[None])
+    logits = torch.stack((~inside, inside), dim=1).float() * 40
+    perfect = hover_losses(logits, hv, inside, hv)
+    assert all(value < 1e-3 for value in perfect.values())
+    worse = hover_losses(-logits, -hv, inside, hv)
+    assert all(worse[name] > 0.05 for name in perfect)
+    empty = torch.zeros_like(inside)
+    assert all(torch.isfinite(v) for v in hover_losses(logits, hv, empty, torch.zeros_like(hv)).values())
+
+
+def test_the_gradient_term_equals_the_published_kernel():
+    rng = np.random.default_rng(0)
+    inside = torch.from_numpy(rng.random((1, 20, 20)) > 0.5)
+    predicted, target = (torch.from_numpy(rng.random((1, 2, 20, 20), dtype=np.float32)) for _ in range(2))
+    steps = np.arange(-2, 3)
+    h, v = np.meshgrid(steps, steps)
+    kernel = h / (h**2 + v**2 + 1e-15)
+    total = 0.0
+    for channel, k in ((0, kernel), (1, kernel.T)):
+        a, b = (
+            ndimage.correlate(maps[0, channel].numpy().astype(float), k, mode="constant")
+            for maps in (predicted, target)
+        )
+        total += ((a - b) ** 2)[inside[0].numpy()].sum()
+    expected = total / (2 * inside.sum().item())
+    terms = hover_losses(torch.zeros(1, 2, 20, 20), predicted, inside, target)
+    assert terms["hv_gradient"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def true_maps(labels):
+    inside, hv = hv_targets(torch.from_numpy(labels)[None])
+    return np.concatenate((inside.float().numpy(), hv[0].numpy()))
+
+
+def mean_iou(true, pred):
+    scores = []
+    for i in np.unique(true[true > 0]):
+        overlaps = np.bincount(pred[true == i], minlength=2)
+        overlaps[0] = 0
+        j = overlaps.argmax()
+        scores.append(overlaps[j] / np.count_nonzero((true == i) | (pred == j)) if overlaps[j] else 0.0)
+    return float(np.mean(scores))
+
+
+def two_touching(size=64):
+    labels = np.zeros((size, size), dtype=np.int32)
+    yy, xx = np.mgrid[:size, :size]
+    labels[(yy - 32) ** 2 + (xx - 22) ** 2 < 100] = 1
+    labels[((yy - 32) ** 2 + (xx - 41) ** 2 < 100) & (labels == 0)] = 2
+    return labels
+
+
+def test_true_maps_give_back_the_nuclei_also_where_they_touch():
+    labels = two_touching()
+    assert ndimage.label(labels)[1] == 1
+    found = instances_from_maps(true_maps(labels), HoverConfig())
+    assert len(found.scores) == 2
+    assert mean_iou(labels, found.labels) > 0.95
+    np.testing.assert_allclose(found.scores, 1.0)
+
+
+def test_crowded_nuclei_are_mostly_recovered():
+    labels = np.concatenate([ellipses(seed=s) for s in range(4)], axis=1)
+    labels = np.where(labels > 0, labels + 1000 * (np.arange(labels.shape[1]) // 96), 0).astype(np.int32)
+    assert mean_iou(labels, instances_from_maps(true_maps(labels), HoverConfig()).labels) > 0.75
+
+
+def test_an_artefact_elsewhere_does_not_change_a_nucleus():
+    labels = np.pad(two_touching(), ((0, 0), (0, 100)))
+    maps = true_maps(labels)
+    maps[1:] *= 0.6  # an undertrained network
+    plain = instances_from_maps(maps, HoverConfig()).labels
+    maps[0, 30:34, 140:150] = 1
+    maps[1, 30:34, 140:145], maps[1, 30:34, 145:150] = 9.0, -9.0
+    disturbed = instances_from_maps(maps, HoverConfig()).labels
+    assert plain.max() == 2
+    assert mean_iou(plain[:, :100], disturbed[:, :100]) > 0.97
+
+
+def test_empty_and_tiny_maps():
+    nothing = instances_from_maps(np.zeros((3, 40, 40), dtype=np.float32), HoverConfig())
+    assert not nothing.labels.any()
+    assert nothing.scores.shape == (0,)
+    maps = np.zeros((3, 40, 40), dtype=np.float32)
+    maps[0, 10:15, 10:15] = 0.7  # too small for a marker after opening, large enough for a nucleus
+    found = instances_from_maps(maps, HoverConfig())
+    assert (found.labels > 0).sum() == 25
+    assert found.scores[0] == pytest.approx(0.7)
+    full = instances_from_maps(np.ones((3, 40, 40), dtype=np.float32), HoverConfig())
+    assert full.labels.dtype == np.int32
+    assert (full.labels == 1).all()
+
+
+def test_models_are_found_by_name_and_typos_are_named():
+    assert set(REGISTRY) == {"maskrcnn", "hoverlite", "hovernet"}
+    assert config_class("hoverlite") is HoverLiteConfig
+    with pytest.raises(ValueError, match="did you mean 'hoverlite'"):
+        build("hoverlight")
+    with pytest.raises(TypeError, match="takes a HoverLiteConfig, got HoverNetConfig"):
+        build("hoverlite", config=HoverNetConfig())
+
+
+def nuclei_picture(seed=0, size=96):
+    labels = ellipses(size, seed=seed)
+    rng = np.random.default_rng(seed)
+    image = np.where(labels[..., None] > 0, (90, 60, 130), (225, 170, 205)) + rng.integers(-15, 16, (size, size, 3))
+    return image.astype(np.uint8), labels
+
+
+def test_hoverlite_learns_in_forty_steps():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("hoverlite", config=SMALL)
+    pairs = [nuclei_picture(seed) for seed in range(4)]
+    fixed = model.encoder.net.conv_stem.weight.clone()
+    deep = model.encoder.net.blocks[6][0].conv_pw.weight.clone()
+    config = TrainingConfig(iterations=40, batch=2, crop=64, lr=5e-3, log_every=40, validate_every=0)
+    result = train(model, pairs, config, seed=1)
+    assert result.curve[-1]["np_dice"] < 0.7
+    assert torch.equal(model.encoder.net.conv_stem.weight, fixed)
+    assert not torch.equal(model.encoder.net.blocks[6][0].conv_pw.weight, deep)
+    image, labels = nuclei_picture(9)
+    found = model.predict_instances(image)
+    assert found.labels.shape == labels.shape
+    assert found.labels.max() == len(found.scores)
+    overlap = np.count_nonzero((found.labels > 0) & (labels > 0))
+    assert 2 * overlap / (np.count_nonzero(found.labels) + np.count_nonzero(labels)) > 0.75
+
+
+@pytest.mark.parametrize("widths", [(16, 16, 8, 8), (16, 16, 8, 8, 8)])
+def test_hoverlite_keeps_the_resolution_of_any_input(widths):
+    model = build("hoverlite", config=HoverLiteConfig(widths=widths), pretrained=False).eval()
+    with torch.no_grad():
+        logits, hv = model.heads(torch.rand(1, 3, 70, 41))
+    assert logits.shape == hv.shape == (1, 2, 70, 41)
+
+
+def test_fixed_levels_are_the_finest_ones():
+    trained = []
+    for frozen in range(6):
+        model = build("hoverlite", config=HoverLiteConfig(widths=(8, 8, 8, 8), frozen=frozen), pretrained=False).train()
+        images = torch.rand(2, 3, 64, 64, requires_grad=True)
+        needs = [level.requires_grad for level in model.encoder(images.detach())]
+        assert needs == [False] * frozen + [True] * (5 - frozen)
+        trained.append(sum(p.numel() for p in model.encoder.parameters() if p.requires_grad))
+    assert trained == sorted(trained, reverse=True)
+    assert trained[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "out", "count"), [("fast", 256, 164, 33625412), ("original", 270, 80, 45028676)]
+)
+def test_hovernet_has_the_published_sizes(mode, size, out, count):
+    with torch.device("meta"):  # shapes alone: no memory, no arithmetic
+        model = build("hovernet", config=HoverNetConfig(mode=mode))
+        logits, hv = model.heads(torch.empty(1, 3, size, size))
+    assert logits.shape == hv.shape == (1, 2, out, out)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert model.initialised_from == "random weights"
+
+
+def test_hovernet_maps_keep_the_resolution_of_any_input():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("hovernet").eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        maps = model.maps(images)
+        # Mirroring as numpy does it: 46 pixels around, and the surplus up to 8 below and on the right.
+        padded = np.pad(images.numpy(), ((0, 0), (0, 0), (46, 50), (46, 50)), mode="symmetric")
+        logits, hv = model.heads(torch.from_numpy(padded))
+        odd = model.maps(images[..., :33, :47])
+    torch.testing.assert_close(maps[:, 1:], hv[..., :64, :64])
+    torch.testing.assert_close(maps[:, 0], logits.softmax(dim=1)[:, 1, :64, :64])
+    assert odd.shape == (1, 3, 33, 47)
+    with pytest.raises(ValueError, match="a multiple of 8 plus 0"):
+        model.heads(images)
+
+
+def test_hovernet_overfits_one_small_crop():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("hovernet", config=HoverNetConfig(mirror=False)).train()
+    image, labels = nuclei_picture(size=104)
+    images = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    maps = torch.from_numpy(labels)[None]
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        total = sum(model.loss(images, maps).values())
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        losses.append(total.item())
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+def test_hovernet_says_which_weights_it_started_from(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        donor = build("hovernet")
+        state = {k: v for k, v in donor.state_dict().items() if not k.startswith(("np", "hv", "conv_bot"))}
+        path = tmp_path / "preact.pt"
+        torch.save(state, path)
+        torch.manual_seed(1)
+        model = build("hovernet", weights=path)
+    assert model.initialised_from == "preact.pt"
+    assert torch.equal(model.d3.shortcut.weight, donor.d3.shortcut.weight)
+    assert not torch.equal(model.conv_bot.weight, donor.conv_bot.weight)
+    torch.save({"conv0./.weight": torch.zeros(1)}, path)
+    with pytest.raises(RuntimeError, match="no weights of a pre-activation ResNet50"):
+        build("hovernet", weights=path)
+    with pytest.raises(RuntimeError, match="'hoverlite' takes any encoder"):
+        build("hovernet", encoder="resnet50")
