@@ -26,6 +26,7 @@ from nucseg.annotations import (
     read_xml,
     read_xml_report,
     write_geojson,
+    write_labels,
 )
 from nucseg.annotations.outlines import trace
 from nucseg.data import Patch
@@ -372,6 +373,20 @@ def test_label_images_come_back_from_every_format(tmp_path_factory, labels, form
         kind = form[3:] if form != "tif-zlib" else "16"
         tifffile.imwrite(path, labels.astype(f"uint{kind}"), compression="zlib" if form == "tif-zlib" else None)
     np.testing.assert_array_equal(read_labels(path, binary=False), labels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(small_maps, st.sampled_from([".png", ".tif", ".npy"]), st.sampled_from([1, 300, 16_000, 500_000_000]))
+def test_written_label_maps_come_back_and_leave_no_other_file(tmp_path_factory, labels, suffix, factor):
+    path = tmp_path_factory.mktemp("written") / f"a{suffix}"
+    labels = labels * factor
+    if suffix == ".png" and labels.max() > 65535:
+        with pytest.raises(ValueError, match=r"do not fit a 16-bit PNG; write a \.tif"):
+            write_labels(path, labels)
+        return
+    write_labels(path, labels)
+    np.testing.assert_array_equal(read_labels(path, binary=False), labels)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_ids_above_255_survive_a_16_bit_png(tmp_path):

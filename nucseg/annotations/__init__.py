@@ -2,7 +2,7 @@
 
 from nucseg.annotations.errors import AnnotationError, AnnotationWarning, LabelWarning
 from nucseg.annotations.geojson import read_geojson, read_geojson_patches, read_geojson_report, write_geojson
-from nucseg.annotations.label_images import read_labels
+from nucseg.annotations.label_images import read_labels, write_labels
 from nucseg.annotations.polygons import AnnotationReport
 from nucseg.annotations.xml import read_xml, read_xml_report
 
@@ -18,4 +18,5 @@ __all__ = [
     "read_xml",
     "read_xml_report",
     "write_geojson",
+    "write_labels",
 ]

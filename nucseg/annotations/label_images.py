@@ -6,6 +6,7 @@ Nothing is ever unpickled: `.npy` files of plain integers are read by numpy, Cel
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -65,6 +66,44 @@ def read_labels(path: str | Path, binary: bool | None = None) -> np.ndarray:
     if binary is False:
         return labels
     return _components(labels) if binary else _split_if_binary(labels, path)
+
+
+def write_labels(path: str | Path, labels: np.ndarray) -> None:
+    """Write a label map that `read_labels` and every image program read back exactly.
+
+    Parameters
+    ----------
+    path
+        ``.tif`` (16 or 32 bits as the ids need, deflate), ``.png`` (16 bits) or ``.npy``; written beside and moved
+        into place.
+    labels
+        (H, W) label map.
+
+    Raises
+    ------
+    ValueError
+        For another suffix, or ids above 65535 in a PNG.
+    """
+    path, labels = Path(path), check_label_map(labels)
+    top = int(labels.max(initial=0))
+    suffix = path.suffix.lower()
+    if suffix not in LABEL_SUFFIXES:
+        raise ValueError(f"{path}: label maps are written as {', '.join(LABEL_SUFFIXES)}")
+    if suffix == ".png" and top > np.iinfo(np.uint16).max:
+        raise ValueError(f"{path}: ids up to {top} do not fit a 16-bit PNG; write a .tif")
+    stored = labels.astype(np.uint16 if top <= np.iinfo(np.uint16).max else np.uint32)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    if suffix == ".npy":
+        np.save(beside, labels.astype(np.int32))
+    elif suffix == ".png":
+        from PIL import Image
+
+        Image.fromarray(stored).save(beside)
+    else:
+        import tifffile
+
+        tifffile.imwrite(beside, stored, compression="zlib", photometric="minisblack")
+    beside.replace(path)
 
 
 def _split_if_binary(labels: np.ndarray, path: Path) -> np.ndarray:
