@@ -474,7 +474,19 @@ class PyramidSynthesizer(Synthesizer):
 
     def _new_networks(self, n: int, k1: int, init: torch.Generator) -> tuple[list[ScaleGenerator], list[nn.ModuleDict]]:
         """Make the networks of scale n; they start from those of the scale before where the widths agree."""
-        width = self.config.width(n)
+        generators, critics = self._make_networks(n, k1)
+        inherit = n > 0 and self.config.width(n) == self.config.width(n - 1)
+        for i in range(k1):
+            if inherit:
+                generators[i].load_state_dict(self.generators[n - 1][i].state_dict())
+                critics[i].load_state_dict(self.critics[i].state_dict())
+            else:
+                initialise(generators[i], init)
+                initialise(critics[i], init)
+        return [g.to(self.device).train() for g in generators], [c.to(self.device).train() for c in critics]
+
+    def _make_networks(self, n: int, k1: int) -> tuple[list[ScaleGenerator], list[nn.ModuleDict]]:
+        width, layers = self.config.width(n), self.config.layers
         with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
             generators = [ScaleGenerator(4 if self.conditional else 3, width, layers) for _ in range(k1)]
             critics = [nn.ModuleDict({r: Critic(width, layers) for r in self.weights()}) for _ in range(k1)]
