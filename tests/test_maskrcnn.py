@@ -29,7 +29,7 @@ from nucseg.models.boxes import (
     targets_from_labels,
 )
 from nucseg.models.maskrcnn import MaskRCNN, MaskRCNNConfig
-from nucseg.models.painting import paint, spans
+from nucseg.models.painting import nms_across, paint, spans
 
 TINY = MaskRCNNConfig(
     strides=(4, 8), anchors=((8.0, 16.0), (24.0, 32.0)), fpn_channels=16, box_widths=(32,), mask_widths=(16,),
@@ -394,6 +394,22 @@ def test_tiles_own_every_pixel_once_and_see_half_the_overlap_around_it(length, t
         assert end - start <= tile
         assert start == 0 or low - start >= overlap // 2
         assert end == length or end - high >= overlap // 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_suppression_across_tiles_equals_suppression_of_everything(seed):
+    """Two tiles, each suppressed in itself and owning the boxes whose centre is on its side of the cut at 100."""
+    rng = np.random.default_rng(seed)
+    boxes = random_boxes(rng, 400, extent=70) + torch.tensor([50.0, 0.0, 50.0, 0.0])
+    scores = torch.tensor(rng.permutation(400), dtype=torch.float32)
+    left = (boxes[:, 0] + boxes[:, 2]) / 2 < 100
+    own = torch.cat(
+        [part[nms(boxes[part], scores[part], 0.4)] for part in (left.nonzero()[:, 0], (~left).nonzero()[:, 0])]
+    )
+    boxes, scores = boxes[own], scores[own]
+    got = nms_across(boxes, scores, 0.4, [100], [])
+    assert len(got) < len(boxes)
+    assert torch.equal(got, nms(boxes, scores, 0.4))
 
 
 def test_any_size_from_32_pixels_is_predicted(learnt):

@@ -40,7 +40,7 @@ from nucseg.models.boxes import (
     sample,
     targets_from_labels,
 )
-from nucseg.models.painting import paint, spans
+from nucseg.models.painting import nms_across, paint, spans
 
 RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0), (10.0, 5.0)  # torchvision's scaling of box offsets: (centre, log side)
 SMOOTH_L1_BETA = 1 / 9  # torchvision's
@@ -297,22 +297,22 @@ class MaskRCNN(Segmenter):
         training = self.training
         self.eval()
         try:
+            rows, columns = (spans(side, config.tile, config.overlap) for side in image.shape[:2])
             found = []
-            for (top, bottom, own_top, own_bottom), (left, right, own_left, own_right) in (
-                (rows, columns)
-                for rows in spans(image.shape[0], config.tile, config.overlap)
-                for columns in spans(image.shape[1], config.tile, config.overlap)
-            ):
-                tile = torch.from_numpy(np.ascontiguousarray(image[top:bottom, left:right])).to(device)
-                boxes, scores, masks = self._detect(tile.permute(2, 0, 1)[None].float() / 255)
-                boxes = boxes + boxes.new_tensor([left, top, left, top])
-                x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
-                own = (x >= own_left) & (x < own_right) & (y >= own_top) & (y < own_bottom)
-                found.append((boxes[own], scores[own], masks[own]))
+            for top, bottom, own_top, own_bottom in rows:
+                for left, right, own_left, own_right in columns:
+                    tile = torch.from_numpy(np.ascontiguousarray(image[top:bottom, left:right])).to(device)
+                    boxes, scores, masks = self._detect(tile.permute(2, 0, 1)[None].float() / 255)
+                    boxes = boxes + boxes.new_tensor([left, top, left, top])
+                    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+                    own = (x >= own_left) & (x < own_right) & (y >= own_top) & (y < own_bottom)
+                    found.append((boxes[own], scores[own], masks[own]))
         finally:
             self.train(training)
         boxes, scores, masks = (torch.cat(parts) for parts in zip(*found, strict=True))
-        keep = nms(boxes, scores, config.nms)  # in falling order of score
+        keep = nms_across(
+            boxes, scores, config.nms, [low for *_, low, _ in columns[1:]], [low for *_, low, _ in rows[1:]]
+        )
         return paint(
             boxes[keep].cpu(), scores[keep].cpu(), masks[keep], image.shape[:2],
             config.mask_threshold, config.drop_covered, config.min_area,
