@@ -1,0 +1,109 @@
+"""Figure 7: segmented test crops, the truth outlined in green, the prediction in red."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import ndimage
+
+from nucseg.labels import check_label_map
+
+# The paper's columns, in its order.
+COLUMNS = ("HoVer-Net + Ours", "MRCNN + Ours", "HoVer-Net", "MRCNN", "NaiveAug + Plabel", "pix2pix + MRCNN")
+TRUTH, PREDICTION = (0, 200, 0), (230, 0, 0)
+
+
+class Row(NamedTuple):
+    """One test crop."""
+
+    image: np.ndarray  # (H, W, 3) uint8
+    labels: np.ndarray  # (H, W), the truth
+    predictions: Mapping[str, np.ndarray]  # column -> label map (H, W)
+    title: str = ""  # for example the image's name and organ, "worst by AJI"
+
+
+def figure7(
+    rows: Sequence[Row | tuple], columns: Sequence[str] = COLUMNS, scores: Mapping[str, Sequence[float]] | None = None
+) -> Figure:
+    """Draw one line of panels per crop and one column per system.
+
+    Parameters
+    ----------
+    rows
+        `Row`, or a plain tuple (image, labels, predictions[, title]).
+    columns
+        Systems, left to right. One without a prediction gets an empty panel that says so: nothing is left out silently.
+    scores
+        Column -> AJI of each row, printed below the panels.
+
+    Returns
+    -------
+    Figure
+        Not attached to pyplot, so that nothing is shown twice in a notebook.
+    """
+    rows = [Row(*row) for row in rows]
+    if not rows:
+        raise ValueError("rows: no crop to draw")
+    unknown = {name for row in rows for name in row.predictions} - set(columns)
+    if unknown:
+        raise ValueError(f"rows: predictions of {sorted(unknown)}, which are not among the columns {list(columns)}")
+    figure = Figure(figsize=(2.1 * len(columns), 2.25 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for i, (row, line) in enumerate(zip(rows, axes, strict=True)):
+        for column, axis in zip(columns, line, strict=True):
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            if i == 0:
+                axis.set_title(column, fontsize=9)
+            if column in row.predictions:
+                axis.imshow(overlay(row.image, row.labels, row.predictions[column]), interpolation="nearest")
+                if scores and column in scores:
+                    axis.set_xlabel(f"AJI {scores[column][i]:.3f}", fontsize=8)
+            else:
+                axis.set_facecolor("0.95")
+                axis.set_box_aspect(row.image.shape[0] / row.image.shape[1])
+                axis.text(0.5, 0.5, "not run in\nthis profile", ha="center", va="center", fontsize=8, color="0.35",
+                          transform=axis.transAxes)  # fmt: skip
+        line[0].set_ylabel(row.title, fontsize=8)
+    figure.legend(
+        handles=[_line(TRUTH, "ground truth"), _line(PREDICTION, "prediction")],
+        loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def overlay(image: np.ndarray, true: np.ndarray, pred: np.ndarray, width: int = 1) -> np.ndarray:
+    """Draw the outlines of two label maps into a copy of the image, the prediction on top; (H, W, 3) uint8.
+
+    Outlines are drawn at twice the resolution for images under 300 pixels, so that they hide less.
+    """
+    check_label_map(true, "true")
+    check_label_map(pred, "pred")
+    if not image.shape[:2] == true.shape == pred.shape:
+        raise ValueError(f"image, true, pred: shapes differ: {image.shape[:2]}, {true.shape}, {pred.shape}")
+    factor = 2 if max(true.shape) < 300 else 1
+    image, true, pred = (np.repeat(np.repeat(a, factor, axis=0), factor, axis=1) for a in (image, true, pred))
+    drawn = image.copy()
+    drawn[outlines(true, width)] = TRUTH
+    drawn[outlines(pred, width)] = PREDICTION
+    return drawn
+
+
+def outlines(labels: np.ndarray, width: int = 1) -> np.ndarray:
+    """Return the pixels of each nucleus next to another label, `width` pixels thick inwards; (H, W) bool."""
+    size = 2 * width + 1
+    # Across the image's border there is nothing, so a nucleus cut by it stays open there.
+    differs = ndimage.maximum_filter(labels, size, mode="nearest") != ndimage.minimum_filter(
+        labels, size, mode="nearest"
+    )
+    return differs & (labels > 0)
+
+
+def _line(colour: tuple[int, int, int], label: str):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=[c / 255 for c in colour], label=label)

@@ -1,0 +1,62 @@
+"""Figure 7: outlines where they belong, and no silent gap."""
+
+import numpy as np
+import pytest
+
+from nucseg.figures.segmentation import COLUMNS, PREDICTION, TRUTH, figure7, outlines, overlay
+
+
+def square(size=40, at=10, side=12):
+    labels = np.zeros((size, size), dtype=np.int32)
+    labels[at : at + side, at : at + side] = 5
+    return labels
+
+
+def test_outlines_are_the_rim_of_each_nucleus_also_where_two_touch():
+    labels = square()
+    labels[10:22, 16:22] = 9
+    rim = outlines(labels)
+    assert not rim[labels == 0].any()
+    assert not rim[11:21, 11:15].any()
+    assert rim[10:22, 15:17].all()
+    assert rim[10, 10:22].all()
+
+
+def test_a_nucleus_cut_by_the_image_stays_open_there():
+    labels = square(at=0)
+    rim = outlines(labels)
+    assert not rim[0, :10].any()
+    assert rim[:12, 11].all()
+
+
+def test_truth_is_green_and_the_prediction_red_on_top():
+    image = np.full((40, 40, 3), 128, dtype=np.uint8)
+    drawn = overlay(image, square(), square(at=14))
+    assert drawn.shape == (80, 80, 3)
+    assert (drawn[20, 20:44] == TRUTH).all()
+    assert (drawn[28, 28:52] == PREDICTION).all()
+    assert (drawn[:18] == 128).all()
+    assert (image == 128).all()
+
+
+def test_a_system_that_was_not_run_gets_a_panel_that_says_so():
+    image = np.zeros((40, 40, 3), dtype=np.uint8)
+    rows = [(image, square(), {"HoVer-Net": square(), "MRCNN": square()}, "a test image")] * 2
+    figure = figure7(rows, scores={"HoVer-Net": [1.0, 0.5]})
+    panels = [axis for axis in figure.axes if axis.get_subplotspec() is not None]
+    assert len(panels) == 2 * len(COLUMNS)
+    assert [axis.get_title() for axis in panels[:6]] == list(COLUMNS)
+    assert ["not run" in "".join(t.get_text() for t in axis.texts) for axis in panels[:6]] == [1, 1, 0, 0, 1, 1]
+    assert [bool(axis.images) for axis in panels[:6]] == [0, 0, 1, 1, 0, 0]
+    assert panels[8].get_xlabel() == "AJI 0.500"
+    figure.canvas.draw()
+
+
+def test_wrong_input_is_named():
+    image = np.zeros((40, 40, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="no crop"):
+        figure7([])
+    with pytest.raises(ValueError, match=r"\['MaskRCNN'\], which are not among the columns"):
+        figure7([(image, square(), {"MaskRCNN": square()})])
+    with pytest.raises(ValueError, match="shapes differ"):
+        overlay(image, square(), square(size=30))
