@@ -1,0 +1,220 @@
+"""Training rates, side by side: our segmenters beside torchvision's Mask R-CNN as it comes, our augmentation beside a
+plain loop.
+
+    python tests/bench/bench_training.py [--quick] [--device cuda] [--out rates.json]
+
+Each rate is the median over short runs that take turns, in images per second at one crop size, with everything that a
+step needs: crops, augmentation, targets, forward, backward, optimiser. Compare the ratios; a rate belongs to its
+machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from nucseg.augment import AugmentConfig, augment
+from nucseg.inference import InferenceConfig
+from nucseg.models import build, config_class
+from nucseg.models.hover import hv_targets
+from nucseg.training import CropPool, TrainingConfig, train
+
+
+def synthetic_pairs(count: int, size: int, nuclei: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Make images of dark discs with their label maps."""
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[:size, :size]
+    pairs = []
+    for _ in range(count):
+        labels = np.zeros((size, size), dtype=np.int32)
+        for i, (y, x) in enumerate(rng.uniform(0, size, (nuclei, 2))):
+            labels[(yy - y) ** 2 + (xx - x) ** 2 < rng.uniform(5, 12) ** 2] = i + 1
+        image = np.where(labels[..., None] > 0, (90, 60, 130), (225, 170, 205)) + rng.integers(-15, 16, (size, size, 3))
+        pairs.append((image.astype(np.uint8), labels))
+    return pairs
+
+
+def our_training(name: str, config, encoder: str | None, pairs, batch: int, crop: int, device, precision: str):
+    """Return a function that trains for some iterations and says how many images that were."""
+    model = build(name, encoder=encoder, config=config, pretrained=name == "hoverlite")
+
+    def run(iterations: int) -> int:
+        settings = TrainingConfig(
+            iterations=iterations, batch=batch, crop=crop, precision=precision, log_every=iterations, validate_every=0
+        )
+        train(model, pairs, settings, augment=AugmentConfig(), device=device)
+        return iterations * batch
+
+    return run
+
+
+def torchvision_training(pairs, batch: int, crop: int, device):
+    """Plain torchvision: Mask R-CNN ResNet50-FPN with its defaults, fp32, one image and one mask at a time."""
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2).to(device).train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+    rng = np.random.default_rng(0)
+
+    def run(iterations: int) -> int:
+        for _ in range(iterations):
+            images, targets = [], []
+            for _ in range(batch):
+                image, labels = pairs[rng.integers(len(pairs))]
+                row, col = rng.integers(0, labels.shape[0] - crop + 1, 2)
+                image, labels = (a[row : row + crop, col : col + crop] for a in (image, labels))
+                ids = [i for i in np.unique(labels) if i > 0 and np.ptp(np.nonzero(labels == i), axis=1).min() > 0]
+                masks = torch.from_numpy(np.stack([labels == i for i in ids]).astype(np.uint8))
+                places = [np.nonzero(mask)[::-1] for mask in masks.numpy()]
+                boxes = torch.tensor([[*np.min(p, axis=1), *np.max(p, axis=1)] for p in places]).float()
+                target = {"boxes": boxes, "labels": torch.ones(len(ids), dtype=torch.int64), "masks": masks}
+                images.append(torch.from_numpy(image.transpose(2, 0, 1) / np.float32(255)).to(device))
+                targets.append({k: v.to(device) for k, v in target.items()})
+            loss = sum(model(images, targets).values())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return iterations * batch
+
+    return run
+
+
+def batch_augmentation(pairs, batch: int, crop: int, device):
+    """Crops, augmentation and HoVer targets of whole batches on the device."""
+    pool = CropPool(pairs, crop, torch.device(device))
+    generator = torch.Generator(device).manual_seed(0)
+
+    def run(iterations: int) -> int:
+        for _ in range(iterations):
+            images, labels = augment(*pool.draw(batch, generator), AugmentConfig(), generator)
+            hv_targets(labels, 30)
+        return iterations * batch
+
+    return run
+
+
+def plain_augmentation(pairs, batch: int, crop: int, device):
+    """Do the same one crop and one nucleus at a time, as the public scripts do, and copy it to the device."""
+    rng = np.random.default_rng(0)
+
+    def one() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        image, labels = pairs[rng.integers(len(pairs))]
+        row, col = rng.integers(0, labels.shape[0] - crop + 1, 2)
+        image, labels = (a[row : row + crop, col : col + crop] for a in (image, labels))
+        turns = rng.integers(4)
+        image, labels = np.rot90(image, turns) / 255, np.rot90(labels, turns)
+        image = np.clip(image * rng.uniform(0.9, 1.1, 3) + rng.uniform(-0.1, 0.1), 0, 1)
+        if rng.random() < 0.25:
+            image = ndimage.gaussian_filter(image, (1, 1, 0))
+        if rng.random() < 0.25:
+            image = np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1)
+        hv = np.zeros((2, crop, crop))
+        for i in np.unique(labels[labels > 0]):
+            place = np.nonzero(labels == i)
+            for channel, p in enumerate(place[::-1]):
+                offset = p - np.floor(p.mean() + 0.5)
+                hv[channel][place] = offset / np.where(offset < 0, max(-offset.min(), 1), max(offset.max(), 1))
+        return image, labels, hv
+
+    def run(iterations: int) -> int:
+        for _ in range(iterations):
+            for arrays in zip(*(one() for _ in range(batch)), strict=True):
+                torch.from_numpy(np.stack(arrays)).to(device)
+        return iterations * batch
+
+    return run
+
+
+def rate(run: Callable[[int], int], seconds: float, device: str) -> float:
+    """Images per second over about `seconds`, after the caller has warmed up."""
+    done, iterations, began = 0, 2, time.perf_counter()
+    while True:
+        done += run(iterations)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        passed = time.perf_counter() - began
+        if passed > seconds:
+            return done / passed
+        iterations = min(4 * iterations, 1 + int(iterations * (seconds - passed) / max(passed, 1e-3)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small crops, one second each: does it run?")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="run only what contains this text")
+    parser.add_argument("--out", type=Path, help="write the rates as JSON")
+    options = parser.parse_args()
+    device, quick = options.device, options.quick
+    cuda = device == "cuda"
+    crop, seconds, turns = (128, 1.0, 1) if quick else (256, 8.0 if cuda else 20.0, 3)
+    pairs = synthetic_pairs(4 if quick else 12, crop if quick else 512, 12 if quick else 120)
+    large, precision = (64, "bf16") if cuda else (4, "fp32")
+    lite = config_class("hoverlite")
+    narrow = lite(widths=(64, 32, 16, 16), frozen=5)
+
+    contenders = {
+        "maskrcnn torchvision batch 6 fp32": lambda: torchvision_training(pairs, 6 if cuda else 1, crop, device),
+        f"maskrcnn ours batch 6 fp32": lambda: our_training(
+            "maskrcnn", None, "efficientnet_lite0", pairs, 6 if cuda else 1, crop, device, "fp32"),
+        f"maskrcnn ours batch {large} {precision}": lambda: our_training(
+            "maskrcnn", None, "efficientnet_lite0", pairs, large, crop, device, precision),
+        f"hovernet fast batch {8 if cuda else 1} fp32": lambda: our_training(
+            "hovernet", None, None, pairs, 8 if cuda else 1, crop, device, "fp32"),
+        f"hovernet fast batch {large if cuda else 1} {precision}": lambda: our_training(
+            "hovernet", None, None, pairs, large if cuda else 1, crop, device, precision),
+        f"hoverlite batch {large} {precision}": lambda: our_training(
+            "hoverlite", lite(), "efficientnet_lite0", pairs, large, crop, device, precision),
+        f"hoverlite narrow, fixed encoder, batch {large} {precision}": lambda: our_training(
+            "hoverlite", narrow, "efficientnet_lite0", pairs, large, crop, device, precision),
+        "augmentation and targets, plain loop": lambda: plain_augmentation(pairs, large, crop, device),
+        f"augmentation and targets, batch {large}": lambda: batch_augmentation(pairs, large, crop, device),
+    }  # fmt: skip
+    runs = {}
+    for name, make in contenders.items():
+        if options.only not in name:
+            continue
+        try:
+            runs[name] = make()
+            runs[name](2)  # warm up
+        except Exception as error:  # one contender that cannot run here must not hide the others
+            runs.pop(name, None)
+            print(f"{name}: not run ({type(error).__name__}: {error})")
+    rates = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            rates[name].append(rate(run, seconds, device))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    print(
+        f"{crop} px, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; median of {turns}, images/s"
+    )
+    peer = medians.get("maskrcnn torchvision batch 6 fp32")
+    for name, value in medians.items():
+        ratio = f"{value / peer:8.2f} x torchvision" if peer and "augmentation" not in name else ""
+        print(f"{value:10.2f}  {name:55s}{ratio}")
+    loop, ours = (next((v for n, v in medians.items() if text in n), None) for text in ("plain loop", "targets, batch"))
+    if loop and ours:
+        print(f"augmentation and targets: {ours / loop:.1f} x the plain loop")
+    if any("hoverlite" in name for name in runs):
+        image = np.tile(pairs[0][0], (2, 2, 1))
+        for tta in ("none", "d4"):
+            model = build("hoverlite", config=lite(inference=InferenceConfig(tta=tta, precision=precision))).to(device)
+            model.predict(image)
+            began = time.perf_counter()
+            model.predict(image)
+            passed = medians[f"seconds per {image.shape[0]} px image, averaging {tta}"] = time.perf_counter() - began
+            print(f"{passed:10.2f}  s for an image of {image.shape[0]} px, hoverlite, averaging {tta}")
+    if options.out:
+        options.out.write_text(json.dumps({"device": device, "crop": crop, "images_per_second": medians}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
