@@ -2,7 +2,8 @@
 
 In a terminal it is a bar. Under ``nucseg reproduce`` the notebook's kernel reports to the file that
 ``NUCSEG_PROGRESS`` names, and the bar is the parent's. In a notebook it is one line, rewritten in place, which is
-also readable in static HTML. Elsewhere (tests, logs) it is silent.
+also readable in static HTML. Where standard error is a file or a pipe, each finished task is one line with its
+seconds. In tests, and with ``NUCSEG_QUIET`` set, it is silent.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Task:
 
     def __init__(self, text: str, total: int):
         self.text, self.total, self.done, self.detail = text, max(1, total), 0.0, ""
+        self.started = time.monotonic()
 
     def update(self, done: float, detail: str = "") -> None:
         """Say how many of the steps are done, and in a few words what is being done."""
@@ -44,6 +46,7 @@ def task(text: str, total: int = 1) -> Iterator[Task]:
     try:
         yield new
     finally:
+        _log(new)
         _stack.remove(new)
         _show(finished=not _stack)
 
@@ -79,7 +82,7 @@ def _show(finished: bool = False) -> None:
         with open(part, "w") as file:
             json.dump({"fraction": fraction(), "text": describe()}, file)
         os.replace(part, path)
-    elif "PYTEST_CURRENT_TEST" in os.environ or os.environ.get("NUCSEG_QUIET"):
+    elif _quiet():
         return
     elif _in_notebook():
         end = "\n" if finished else ""
@@ -96,3 +99,15 @@ def _show(finished: bool = False) -> None:
 
 def _in_notebook() -> bool:
     return "ipykernel" in sys.modules
+
+
+def _quiet() -> bool:
+    return "PYTEST_CURRENT_TEST" in os.environ or bool(os.environ.get("NUCSEG_QUIET"))
+
+
+def _log(closed: Task) -> None:
+    """Write a finished task to a log: one line, not a bar of control characters."""
+    if os.environ.get("NUCSEG_PROGRESS") or _quiet() or _in_notebook() or sys.stderr.isatty():
+        return
+    seconds = time.monotonic() - closed.started
+    print(f"{time.strftime('%H:%M:%S')} {describe()} ({seconds:.1f} s)", file=sys.stderr, flush=True)

@@ -227,7 +227,7 @@ def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
         raise WorkflowError(f"{predicted}: no prediction for {', '.join(missing[:5])} ({len(missing)} in all)")
     rows = []
     for name, path in true_files.items():
-        pair = annotations.read_labels(path), annotations.read_labels(predicted_files[name])
+        pair = annotations.read_labels(path), annotations.read_labels(predicted_files[name], binary=False)
         if pair[0].shape != pair[1].shape:
             raise WorkflowError(f"{path} is {pair[0].shape}, but {predicted_files[name]} is {pair[1].shape}")
         rows.append({"image_id": name, **metrics.evaluate(*pair)})
