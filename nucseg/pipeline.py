@@ -224,7 +224,7 @@ class Pipeline:
             return {
                 "validation_aji": result.curve[-1].get("val"),
                 "pairs": {kind: len(group) for kind, group in groups.items()},
-                "peak_gpu_mb": round(result.peak_memory / 2**20, 1) or None,
+                "peak_gpu_mb": result.peak_memory // 2**20 or None,
             }
 
         config = {
