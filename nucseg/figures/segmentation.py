@@ -13,6 +13,7 @@ from nucseg.labels import check_label_map
 
 # The paper's columns, in its order.
 COLUMNS = ("HoVer-Net + Ours", "MRCNN + Ours", "HoVer-Net", "MRCNN", "NaiveAug + Plabel", "pix2pix + MRCNN")
+_SIDE = 2.1  # inches of a panel
 TRUTH, PREDICTION = (0, 200, 0), (230, 0, 0)
 
 
@@ -50,7 +51,7 @@ def figure7(
     unknown = {name for row in rows for name in row.predictions} - set(columns)
     if unknown:
         raise ValueError(f"rows: predictions of {sorted(unknown)}, which are not among the columns {list(columns)}")
-    figure = Figure(figsize=(2.1 * len(columns), 2.25 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(_SIDE * len(columns), (_SIDE + 0.15) * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, (row, line) in enumerate(zip(rows, axes, strict=True)):
         for column, axis in zip(columns, line, strict=True):
@@ -60,7 +61,10 @@ def figure7(
             if i == 0:
                 axis.set_title(column, fontsize=9)
             if column in row.predictions:
-                axis.imshow(overlay(row.image, row.labels, row.predictions[column]), interpolation="nearest")
+                pixels = max(row.labels.shape) * _enlargement(row.labels)
+                width = max(1, round(pixels / (100 * _SIDE)))  # a line of about one pixel when printed at 100 dpi
+                drawn = overlay(row.image, row.labels, row.predictions[column], width)
+                axis.imshow(drawn, interpolation="antialiased")
                 if scores and column in scores:
                     axis.set_xlabel(f"AJI {scores[column][i]:.3f}", fontsize=8)
             else:
@@ -85,12 +89,16 @@ def overlay(image: np.ndarray, true: np.ndarray, pred: np.ndarray, width: int = 
     check_label_map(pred, "pred")
     if not image.shape[:2] == true.shape == pred.shape:
         raise ValueError(f"image, true, pred: shapes differ: {image.shape[:2]}, {true.shape}, {pred.shape}")
-    factor = 2 if max(true.shape) < 300 else 1
+    factor = _enlargement(true)
     image, true, pred = (np.repeat(np.repeat(a, factor, axis=0), factor, axis=1) for a in (image, true, pred))
     drawn = image.copy()
     drawn[outlines(true, width)] = TRUTH
     drawn[outlines(pred, width)] = PREDICTION
     return drawn
+
+
+def _enlargement(labels: np.ndarray) -> int:
+    return 2 if max(labels.shape) < 300 else 1
 
 
 def outlines(labels: np.ndarray, width: int = 1) -> np.ndarray:

@@ -35,7 +35,8 @@ class HoverConfig:
         NP probability from which a pixel is nucleus.
     edge
         Edge strength (1 = HV falls from +1 to -1 in one step) from which a pixel is no marker. The published 0.4 of a
-        min-max normalised map lies near 0.15 on this scale, but depends there on the strongest edge of the tile.
+        min-max normalised map lies near 0.15 on this scale, but depends there on the strongest edge of the tile. On
+        Kumar's validation images 0.04 to 0.08 is best, and maps made from the truth give back AJI 0.96 (at 0.15: 0.93).
     sigma
         Width of the Gaussian derivative, pixels; 2.2 is the published 21-tap Sobel filter.
     min_marker, min_area
@@ -48,7 +49,7 @@ class HoverConfig:
     hv_gradient: float = 1.0
     smallest_target: int = 30
     threshold: float = 0.5
-    edge: float = 0.15
+    edge: float = 0.07
     sigma: float = 2.2
     min_marker: int = 10
     min_area: int = 20

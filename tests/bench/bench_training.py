@@ -94,8 +94,7 @@ def batch_augmentation(pairs, batch: int, crop: int, device):
 
     def run(iterations: int) -> int:
         for _ in range(iterations):
-            images, labels = augment(*pool.draw(batch, generator), AugmentConfig(), generator)
-            hv_targets(labels, 30)
+            hv_targets(augment(*pool.draw(batch, generator), AugmentConfig(), generator)[1], 30)
         return iterations * batch
 
     return run
@@ -163,7 +162,7 @@ def main() -> None:
 
     contenders = {
         "maskrcnn torchvision batch 6 fp32": lambda: torchvision_training(pairs, 6 if cuda else 1, crop, device),
-        f"maskrcnn ours batch 6 fp32": lambda: our_training(
+        "maskrcnn ours batch 6 fp32": lambda: our_training(
             "maskrcnn", None, "efficientnet_lite0", pairs, 6 if cuda else 1, crop, device, "fp32"),
         f"maskrcnn ours batch {large} {precision}": lambda: our_training(
             "maskrcnn", None, "efficientnet_lite0", pairs, large, crop, device, precision),
@@ -193,9 +192,7 @@ def main() -> None:
         for name, run in runs.items():
             rates[name].append(rate(run, seconds, device))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    print(
-        f"{crop} px, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; median of {turns}, images/s"
-    )
+    print(f"{crop} px, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; images/s")
     peer = medians.get("maskrcnn torchvision batch 6 fp32")
     for name, value in medians.items():
         ratio = f"{value / peer:8.2f} x torchvision" if peer and "augmentation" not in name else ""
