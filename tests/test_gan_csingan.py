@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nucseg.gan import REGISTRY, DivergenceError, build, config_class, pyramid
+from nucseg.gan import REGISTRY, DivergenceError, build, config_class, losses, scale_training, scales
 from nucseg.gan.csingan import CSinGANConfig
 from nucseg.gan.networks import Critic, ScaleGenerator, initialise
 
@@ -49,7 +49,7 @@ def step_parts():
     """Networks, one batch and its masks, for the losses alone."""
     draw = torch.Generator().manual_seed(0)
     generator = ScaleGenerator(4, 6, 3)
-    critics = torch.nn.ModuleDict({name: Critic(6, 3) for name in pyramid.REGIONS})
+    critics = torch.nn.ModuleDict({name: Critic(6, 3) for name in losses.REGIONS})
     for net in (generator, critics):
         initialise(net, draw)
     masks = torch.from_numpy(discs(3, 24, 5) > 0).float().unsqueeze(1)
@@ -59,17 +59,17 @@ def step_parts():
 
 def generator_gradient(weights, parts):
     generator, critics, masks, _, noise, _ = parts
-    fake = pyramid.paint(generator, masks, noise, None)
-    loss = pyramid.generator_loss({k: critics[k] for k in weights}, weights, fake, masks)
+    fake = scales.paint(generator, masks, noise, None)
+    loss = losses.generator_loss({k: critics[k] for k in weights}, weights, fake, masks)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(generator.parameters()))])
 
 
 # --- the losses of Eq. 3 and 4
 
 
-@pytest.mark.parametrize("alone", pyramid.REGIONS)
+@pytest.mark.parametrize("alone", losses.REGIONS)
 def test_each_critic_alone_moves_the_generator(alone, step_parts):
-    weights = {name: float(name == alone) for name in pyramid.REGIONS}
+    weights = {name: float(name == alone) for name in losses.REGIONS}
     gradient = generator_gradient(weights, step_parts)
     assert torch.isfinite(gradient).all()
     assert gradient.norm() > 1e-6
@@ -79,7 +79,7 @@ def test_each_critic_alone_moves_the_generator(alone, step_parts):
 def test_a_component_critic_moves_only_its_own_component(alone, step_parts):
     _, critics, masks, _, noise, _ = step_parts
     fake = noise.clone().requires_grad_()
-    loss = pyramid.generator_loss({alone: critics[alone]}, {alone: 1.0}, fake, masks)
+    loss = losses.generator_loss({alone: critics[alone]}, {alone: 1.0}, fake, masks)
     (gradient,) = torch.autograd.grad(loss, fake)
     area = (masks if alone == "foreground" else 1 - masks).expand_as(gradient) > 0
     assert gradient[~area].abs().max() == 0
@@ -116,7 +116,7 @@ def test_the_critic_map_is_averaged_over_the_centre_cropped_mask():
             for c in range(2, 8):
                 if area[b, 0, r, c]:
                     total, count = total + images[b, 0, r - 2 : r + 3, c - 2 : c + 3].mean(), count + 1
-    torch.testing.assert_close(pyramid.score(Blur(), images, area), total / count)
+    torch.testing.assert_close(losses.score(Blur(), images, area), total / count)
 
 
 def test_the_penalty_of_a_linear_critic_is_known(step_parts):
@@ -126,15 +126,15 @@ def test_the_penalty_of_a_linear_critic_is_known(step_parts):
             return 0.3 * images[:, :1] + 0.4 * images[:, 1:2]
 
     real, fake, mix = torch.rand(1, 3, 5, 5), torch.rand(2, 3, 5, 5), torch.rand(2, 1, 1, 1)
-    penalty = pyramid.gradient_penalty(Linear(), real, fake, mix)
+    penalty = losses.gradient_penalty(Linear(), real, fake, mix)
     torch.testing.assert_close(penalty, torch.tensor(0.25))
 
 
 def test_a_batch_without_nuclei_leaves_losses_finite_and_the_nuclei_critic_silent(step_parts):
     _, critics, masks, real_mask, noise, _ = step_parts
     fake, real, empty = noise, noise[:1] * 0.5, torch.zeros_like(masks)
-    weights = dict.fromkeys(pyramid.REGIONS, 1.0)
-    loss, distances, penalty = pyramid.critic_losses(
+    weights = dict.fromkeys(losses.REGIONS, 1.0)
+    loss, distances, penalty = losses.critic_losses(
         critics, weights, real, real_mask, fake, empty, torch.full((2, 1, 1, 1), 0.5), 0.1, min_area=0.01
     )
     assert distances["foreground"] == 0
@@ -153,7 +153,7 @@ def test_the_scales_of_a_256_px_patch_are_the_papers():
 
 def test_masks_stay_binary_at_every_scale():
     mask = torch.from_numpy(discs(1, 64, 0) > 0).float().unsqueeze(1)
-    for small in pyramid.mask_pyramid(mask, (24, 37, 64)):
+    for small in scales.mask_pyramid(mask, (24, 37, 64)):
         assert set(small.unique().tolist()) == {0.0, 1.0}
 
 
@@ -161,8 +161,8 @@ def test_a_window_of_the_output_is_the_output_of_the_window():
     generator = ScaleGenerator(4, 6, 3).eval()
     inputs, corner = torch.randn(2, 4, 20, 20), torch.tensor([3, 7])
     padded = generator.pad(inputs)
-    whole = pyramid.window(generator(padded), corner, 9)
-    part = generator(pyramid.window(padded, corner, 9 + 2 * generator.layers))
+    whole = scales.window(generator(padded), corner, 9)
+    part = generator(scales.window(padded, corner, 9 + 2 * generator.layers))
     assert part.shape[-1] == 9
     torch.testing.assert_close(part, whole)
 
@@ -232,21 +232,21 @@ def test_resuming_with_another_seed_is_refused(tiny, training_set):
 
 
 def test_a_divergence_is_reported_with_patch_scale_and_step(training_set, monkeypatch):
-    original = pyramid._Training.step
+    original = scale_training.ScaleTraining.step
 
     def poisoned(self):
         original(self)
         if self.n == 1 and self.i == 1 and self.buffers.calls == 3:
             self.buffers.losses[1, 0] = float("nan")
 
-    refill = pyramid._Buffers.refill
+    refill = scale_training.StepBuffers.refill
 
     def counted(self, draw):
         self.calls = getattr(self, "calls", 0) + 1
         refill(self, draw)
 
-    monkeypatch.setattr(pyramid._Buffers, "refill", counted)
-    monkeypatch.setattr(pyramid._Training, "step", poisoned)
+    monkeypatch.setattr(scale_training.StepBuffers, "refill", counted)
+    monkeypatch.setattr(scale_training.ScaleTraining, "step", poisoned)
     with pytest.raises(DivergenceError, match=r"patch 1, scale 1, step 2.*nan"):
         build("csingan", TINY, "cpu").fit(*training_set)
 

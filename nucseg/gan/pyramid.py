@@ -29,8 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from nucseg.gan.base import (
@@ -41,14 +40,12 @@ from nucseg.gan.base import (
     check_masks,
     check_pairs,
     foreground,
-    to_signed,
     to_uint8,
 )
-from nucseg.gan.fast_conv import for_penalty
 from nucseg.gan.networks import Critic, ScaleGenerator, initialise
 from nucseg.gan.parallel import ParallelStep
-
-REGIONS = ("global", "foreground", "background")  # D_g, D_f, D_b
+from nucseg.gan.scale_training import ScaleTraining, StepBuffers, TrainingData
+from nucseg.gan.scales import mask_pyramid, paint, upsample
 
 
 @dataclass(frozen=True)
@@ -166,165 +163,6 @@ class PyramidConfig:
         return min(self.channels * 2 ** (scale // 4), self.max_channels)
 
 
-# --------------------------------------------------------------------------- Eq. 3 and 4
-
-
-def area_of(mask: Float[Tensor, "b 1 h w"] | None, region: str) -> Float[Tensor, "b 1 h w"] | None:
-    """Return where the critic of `region` looks: m for nuclei, 1 - m for background, None for everywhere."""
-    if region == "global":
-        return None
-    return mask if region == "foreground" else 1 - mask
-
-
-def centre_crop(area: Float[Tensor, "b 1 h w"], height: int, width: int) -> Float[Tensor, "b 1 h2 w2"]:
-    """Cut the centre of `height` x `width` that an unpadded network's map stands for."""
-    top, left = (area.shape[-2] - height) // 2, (area.shape[-1] - width) // 2
-    return area[..., top : top + height, left : left + width]
-
-
-def score(
-    critic: nn.Module, images: Float[Tensor, "b 3 h w"], area: Float[Tensor, "b 1 h w"] | None
-) -> Float[Tensor, ""]:
-    """E[D(images)]: the critic's map averaged over the area (0 where the area is empty)."""
-    out = critic(images)
-    if area is None:
-        return out.mean()
-    area = centre_crop(area, out.shape[-2], out.shape[-1])
-    return (out * area).sum() / area.sum().clamp(min=1)
-
-
-def gradient_penalty(
-    critic: nn.Module,
-    real: Float[Tensor, "1 3 h w"],
-    fake: Float[Tensor, "b 3 h w"],
-    mix: Float[Tensor, "b 1 1 1"],
-) -> Float[Tensor, ""]:
-    """E[(|grad D(x^)|_2 - 1)^2] at x^ = mix x + (1 - mix) y, the norm per pixel over channels (REFERENCE A24)."""
-    between = (fake + mix * (real - fake)).detach().requires_grad_()
-    with for_penalty():
-        out = critic(between)
-    (gradient,) = torch.autograd.grad(out.sum(), between, create_graph=True)
-    # The root's derivative at 0 is infinite; 1e-12 keeps it finite and is far below any gradient met.
-    return ((gradient.square().sum(1).add(1e-12).sqrt() - 1) ** 2).mean()
-
-
-def critic_losses(
-    critics: Mapping[str, nn.Module],
-    weights: Mapping[str, float],
-    real: Float[Tensor, "1 3 h w"],
-    real_mask: Float[Tensor, "1 1 h w"] | None,
-    fake: Float[Tensor, "b 3 h w"],
-    fake_mask: Float[Tensor, "b 1 h w"] | None,
-    mix: Float[Tensor, "b 1 1 1"],
-    lambda_: float,
-    masked_average: bool = True,
-    min_area: float = 0.0,
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]], Float[Tensor, ""]]:
-    """L_ADV of Eq. 3, as the critics minimise it.
-
-    Where real or fake masks leave a critic less than `min_area` of its images, it would see a constant: BatchNorm then
-    divides by nothing and the penalty explodes. For that batch the critic takes the penalty on the unmasked images and
-    makes no comparison.
-
-    Returns
-    -------
-    loss
-        The weighted sum.
-    distances
-        E[D(x)] - E[D(y)] of each critic, detached: its estimate of how far apart real and fake are.
-    penalty
-        Sum of the gradient penalties, detached.
-    """
-    fake = fake.detach()
-    loss, penalty, distances = 0.0, 0.0, {}
-    for name, critic in critics.items():
-        x, y, enough = real, fake, 1.0
-        x_area, y_area = area_of(real_mask, name), area_of(fake_mask, name)
-        if x_area is not None:
-            enough = (torch.minimum(x_area.mean(), y_area.mean()) >= min_area).float()
-            x_area, y_area = torch.maximum(x_area, 1 - enough), torch.maximum(y_area, 1 - enough)
-            x, y = x * x_area, y * y_area
-        if not masked_average:
-            x_area = y_area = None
-        distance = enough * (score(critic, x, x_area) - score(critic, y, y_area))
-        gp = gradient_penalty(critic, x, y, mix)
-        loss = loss + weights[name] * (lambda_ * gp - distance)
-        distances[name] = distance.detach()
-        penalty = penalty + gp.detach()
-    return loss, distances, penalty
-
-
-def generator_loss(
-    critics: Mapping[str, nn.Module],
-    weights: Mapping[str, float],
-    fake: Float[Tensor, "b 3 h w"],
-    fake_mask: Float[Tensor, "b 1 h w"] | None,
-    masked_average: bool = True,
-    min_area: float = 0.0,
-) -> Float[Tensor, ""]:
-    """-beta E[D_g(y)] - gamma E[D_f(y*m)] - delta E[D_b(y*(1-m))]: the adversarial part of a generator's loss."""
-    loss = fake.new_zeros(())
-    for name, critic in critics.items():
-        area = area_of(fake_mask, name)
-        if area is None:
-            loss = loss - weights[name] * score(critic, fake, None)
-        else:
-            enough = (area.mean() >= min_area).float()
-            loss = loss - weights[name] * enough * score(critic, fake * area, area if masked_average else None)
-    return loss
-
-
-# --------------------------------------------------------------------------- images and masks at every scale
-
-
-def image_pyramid(images: Float[Tensor, "k 3 s s"], sizes: Sequence[int]) -> list[Float[Tensor, "k 3 h h"]]:
-    """Resize images to every scale (bicubic, antialiased)."""
-    return [
-        images
-        if size == images.shape[-1]
-        else F.interpolate(images, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
-        for size in sizes
-    ]
-
-
-def mask_pyramid(masks: Float[Tensor, "k 1 s s"], sizes: Sequence[int]) -> list[Float[Tensor, "k 1 h h"]]:
-    """Resize masks to every scale by nearest neighbour: they stay in {0, 1} (REFERENCE A21)."""
-    return [F.interpolate(masks, (size, size), mode="nearest-exact") for size in sizes]
-
-
-def upsample(images: Float[Tensor, "b 3 h h"], size: int) -> Float[Tensor, "b 3 s s"]:
-    """Enlarge the image of one scale to the next one's size (bicubic, in the graph's own dtype)."""
-    return F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
-
-
-def window(images: Float[Tensor, "b c h w"], corner: Int[Tensor, 2], side: int) -> Float[Tensor, "b c s s"]:
-    """Cut one square of `side` pixels out of every image; `corner` (row, column) stays on the device."""
-    offsets = torch.arange(side, device=images.device)
-    return images.index_select(-2, corner[0] + offsets).index_select(-1, corner[1] + offsets)
-
-
-def paint(
-    generator: ScaleGenerator,
-    mask: Float[Tensor, "b 1 h h"] | None,
-    noise: Float[Tensor, "b 3 h h"],
-    previous: Float[Tensor, "b 3 h h"] | None,
-) -> Float[Tensor, "b 3 h h"]:
-    """Eq. 2 at one scale: y = G([m, z + y_previous]) + y_previous (no y_previous at the coarsest)."""
-    out = generator(generator.pad(inputs_of(mask, noise, previous)))
-    return out if previous is None else out + previous
-
-
-def inputs_of(
-    mask: Float[Tensor, "b 1 h h"] | None, noise: Float[Tensor, "b 3 h h"], previous: Float[Tensor, "b 3 h h"] | None
-) -> Float[Tensor, "b c h h"]:
-    """[m, z + y_previous] of Eq. 2."""
-    image = noise if previous is None else noise + previous
-    return image if mask is None else torch.cat([mask, image], 1)
-
-
-# --------------------------------------------------------------------------- training
-
-
 class PyramidSynthesizer(Synthesizer):
     """k1 pyramids of generators, one for each patch, trained side by side.
 
@@ -371,7 +209,7 @@ class PyramidSynthesizer(Synthesizer):
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=self.config.deterministic, allow_tf32=self.config.tf32
         ):
-            data = _Data(images, labels, masks, sizes, self.device)
+            data = TrainingData(images, labels, masks, sizes, self.device)
             for n in range(len(self.generators), len(sizes)):
                 self._train_scale(n, data, progress)
                 if checkpoint is not None:
@@ -397,17 +235,17 @@ class PyramidSynthesizer(Synthesizer):
         """Return the images of every scale for `masks` in the look of patch i, noise at all scales."""
         sizes = self.config.sizes(self.size)
         noise = [torch.randn(len(masks), 3, s, s, generator=draw, device=self.device) for s in sizes]
-        return self._chain(i, len(sizes), mask_pyramid(masks, sizes) if self.conditional else None, noise)
+        return self.chain(i, len(sizes), mask_pyramid(masks, sizes) if self.conditional else None, noise)
 
     @torch.no_grad()
     def reconstruct(self, i: int, mask: Float[Tensor, "1 1 s s"]) -> list[Float[Tensor, "1 3 h h"]]:
         """Return the images of every scale for the patch's own mask, without noise (REFERENCE A22)."""
         sizes = self.config.sizes(self.size)
         scales = len(self.generators)
-        noise = [self._rec_noise(i, n, sizes[n]) for n in range(scales)]
-        return self._chain(i, scales, mask_pyramid(mask, sizes) if self.conditional else None, noise)
+        noise = [self.reconstruction_noise(i, n, sizes[n]) for n in range(scales)]
+        return self.chain(i, scales, mask_pyramid(mask, sizes) if self.conditional else None, noise)
 
-    def _chain(
+    def chain(
         self, i: int, scales: int, masks: list[Tensor] | None, noise: list[Tensor], start: int = 0, below=None
     ) -> list[Tensor]:
         """Eq. 2 from scale `start` to `scales` - 1 with finished generators; `below` is the image before `start`."""
@@ -418,7 +256,7 @@ class PyramidSynthesizer(Synthesizer):
             images.append(paint(self.generators[n][i], mask, self.amplitudes[n][i] * noise[n], previous))
         return images if below is None else images[1:]
 
-    def _rec_noise(self, i: int, n: int, size: int) -> Tensor:
+    def reconstruction_noise(self, i: int, n: int, size: int) -> Tensor:
         if n == 0 and self.fixed is not None:
             return self.fixed[i : i + 1]
         return torch.zeros(1, 3, size, size, device=self.device)
@@ -429,7 +267,7 @@ class PyramidSynthesizer(Synthesizer):
 
     # -- one scale
 
-    def _train_scale(self, n: int, data: _Data, progress: Progress | None) -> None:
+    def _train_scale(self, n: int, data: TrainingData, progress: Progress | None) -> None:
         config, k1 = self.config, data.k1
         draw = torch.Generator(self.device).manual_seed(_seed(self.seed, n, 0))
         init = torch.Generator().manual_seed(_seed(self.seed, n, 2))
@@ -444,8 +282,10 @@ class PyramidSynthesizer(Synthesizer):
                 amplitude = config.noise_amplitude * error.square().mean((1, 2, 3)).sqrt()
         self.amplitudes.append(amplitude)
 
-        buffers = _Buffers(data, n, config, len(self.terms), self.device)
-        trainings = [_Training(self, n, i, data, buffers, previous[i], generators[i], critics[i]) for i in range(k1)]
+        buffers = StepBuffers(data, n, config, len(self.terms), self.device)
+        trainings = [
+            ScaleTraining(self, n, i, data, buffers, previous[i], generators[i], critics[i]) for i in range(k1)
+        ]
         losses = torch.zeros(config.steps, k1, len(self.terms), device=self.device)
         decay_step, checked = round(config.decay_at * config.steps), 0
         with ParallelStep([t.step for t in trainings], self.device, config.cuda_graph) as step_all:
@@ -492,12 +332,12 @@ class PyramidSynthesizer(Synthesizer):
             critics = [nn.ModuleDict({r: Critic(width, layers) for r in self.weights()}) for _ in range(k1)]
         return generators, critics
 
-    def _previous_reconstruction(self, i: int, n: int, data: _Data) -> Tensor | None:
+    def _previous_reconstruction(self, i: int, n: int, data: TrainingData) -> Tensor | None:
         if n == 0:
             return None
         masks = [m[i : i + 1] for m in data.real_masks[:n]] if self.conditional else None
-        noise = [self._rec_noise(i, j, data.sizes[j]) for j in range(n)]
-        return upsample(self._chain(i, n, masks, noise)[-1], data.sizes[n])
+        noise = [self.reconstruction_noise(i, j, data.sizes[j]) for j in range(n)]
+        return upsample(self.chain(i, n, masks, noise)[-1], data.sizes[n])
 
     # -- state
 
@@ -538,143 +378,6 @@ class PyramidSynthesizer(Synthesizer):
             self.history.append(tensors[f"scale{n}.history"].cpu())
         self.fixed = tensors["fixed"].to(self.device) if "fixed" in tensors else None
         return self
-
-
-class _Data:
-    """Patches and masks at every scale, resident on the device."""
-
-    def __init__(self, images, labels, masks, sizes, device):
-        self.k1, self.count, self.sizes = images.shape[0], masks.shape[1], sizes
-        self.images = image_pyramid(to_signed(images, device), sizes)  # per scale (k1, 3, h, h)
-        self.real_masks = mask_pyramid(foreground(labels, device), sizes)  # per scale (k1, 1, h, h)
-        # per scale (k1, count, 1, h, h); a byte a pixel, because all masks of all patches stay on the device
-        self.masks = [
-            torch.stack([mask_pyramid(foreground(m, device), [size])[0].to(torch.uint8) for m in masks])
-            for size in sizes
-        ]
-
-
-class _Buffers:
-    """What changes from step to step, for all patches: refilled in place, since a recorded graph reads fixed places."""
-
-    def __init__(self, data: _Data, n: int, config: PyramidConfig, terms: int, device: torch.device):
-        k1, b = data.k1, config.masks_per_step
-        self.count = data.count
-        self.index = torch.zeros(k1, b, dtype=torch.int64, device=device)  # which masks
-        self.noise = [torch.zeros(k1, b, 3, s, s, device=device) for s in data.sizes[: n + 1]]
-        side = data.sizes[n]
-        self.crop = config.crop if config.crop is not None and config.crop < side else None
-        self.places = 1 if self.crop is None else side - self.crop + 1
-        self.corner = torch.zeros(k1, 2, dtype=torch.int64, device=device)  # of the window
-        self.mix = torch.zeros(k1, config.d_steps, b, 1, 1, 1, device=device)  # where x^ lies
-        self.losses = torch.zeros(k1, terms, device=device)
-
-    def refill(self, draw: torch.Generator) -> None:
-        self.index.random_(0, self.count, generator=draw)
-        for noise in self.noise:
-            noise.normal_(generator=draw)
-        self.mix.uniform_(generator=draw)
-        if self.crop is not None:
-            self.corner.random_(0, self.places, generator=draw)
-
-
-class _Training:
-    """One GAN at one scale: its networks, its optimisers, and its step."""
-
-    def __init__(self, owner: PyramidSynthesizer, n, i, data: _Data, buffers: _Buffers, previous, generator, critics):
-        self.owner, self.n, self.i, self.data, self.buffers = owner, n, i, data, buffers
-        self.config, self.weights = owner.config, owner.weights()
-        self.generator, self.critics = generator, critics
-        self.real = data.images[n][i : i + 1]
-        self.real_mask = data.real_masks[n][i : i + 1]
-        self.real_previous = previous
-        self.real_noise = owner.amplitudes[n][i] * owner._rec_noise(i, n, data.sizes[n])
-        self.optimizer_g = self._adam(generator)
-        self.optimizer_d = self._adam(critics)
-
-    def _adam(self, net: nn.Module) -> torch.optim.Adam:
-        cuda = self.real.device.type == "cuda"
-        # A recorded graph reads the learning rate from where it is: a tensor on the device.
-        lr = torch.tensor(self.config.lr, device=self.real.device) if cuda else self.config.lr
-        return torch.optim.Adam(net.parameters(), lr=lr, betas=self.config.betas, fused=True, capturable=cuda)
-
-    def scale_learning_rate(self, factor: float) -> None:
-        for optimizer in (self.optimizer_g, self.optimizer_d):
-            for group in optimizer.param_groups:
-                group["lr"] *= factor  # in place where it is a tensor
-
-    def step(self) -> None:
-        """`d_steps` updates of the critics, then `g_steps` of the generator; nothing waits for the device."""
-        config, critics, weights = self.config, self.critics, self.weights
-        inputs, previous, mask = self._batch()
-        real, real_mask = self._cut(self.real), self._cut(self.real_mask)
-        both = self.generator(inputs) + previous
-        for d in range(config.d_steps):
-            loss, distances, penalty = critic_losses(
-                critics, weights, real, real_mask, both[:-1], mask, self.buffers.mix[self.i, d],
-                config.lambda_, config.masked_average, config.min_area,
-            )  # fmt: skip
-            _update(self.optimizer_d, loss, critics)
-        critics.requires_grad_(False)  # spares their weights' gradients, which nobody wants here
-        for g in range(config.g_steps):
-            if g:
-                both = self.generator(inputs) + previous
-            adversarial = generator_loss(critics, weights, both[:-1], mask, config.masked_average, config.min_area)
-            reconstruction = F.mse_loss(both[-1:], real)
-            _update(self.optimizer_g, adversarial + config.alpha * reconstruction, self.generator)
-        critics.requires_grad_(True)
-        row = [*distances.values(), penalty, adversarial.detach(), reconstruction.detach()]
-        self.buffers.losses[self.i].copy_(torch.stack(row))
-
-    @torch.no_grad()
-    def _batch(self, crop: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Paint the drawn synthetic masks with the finished scales; the real mask and its reconstruction come last.
-
-        Returns the generator's padded inputs and the previous images, (b + 1, ...), and the synthetic masks, (b, ...).
-        """
-        n, i, owner = self.n, self.i, self.owner
-        masks = [self.data.masks[j][i].index_select(0, self.buffers.index[i]).float() for j in range(n + 1)]
-        noise = [z[i] for z in self.buffers.noise]
-        here = torch.cat([owner.amplitudes[n][i] * noise[n], self.real_noise])
-        previous = None
-        if n:
-            below = owner._chain(i, n, masks if owner.conditional else None, noise)[-1]
-            previous = torch.cat([upsample(below, self.data.sizes[n]), self.real_previous])
-        mask = torch.cat([masks[n], self.real_mask]) if owner.conditional else None
-        inputs = self.generator.pad(inputs_of(mask, here, previous))
-        if previous is None:
-            previous = torch.zeros_like(here)
-        if crop:
-            return self._cut(inputs, self.config.layers), self._cut(previous), self._cut(masks[n])
-        return inputs, previous, masks[n]
-
-    def _cut(self, images: Tensor, margin: int = 0) -> Tensor:
-        """Cut this step's window out of images that have `margin` more pixels on each side."""
-        if self.buffers.crop is None:
-            return images
-        return window(images, self.buffers.corner[self.i], self.buffers.crop + 2 * margin)
-
-    @torch.no_grad()
-    def calibrate(self, draw: torch.Generator) -> None:
-        """Measure the generator's BatchNorm statistics over fresh batches, with its final weights."""
-        norms = [m for m in self.generator.modules() if isinstance(m, nn.BatchNorm2d)]
-        momenta = [m.momentum for m in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over batches
-        for _ in range(self.config.calibration_steps):
-            self.buffers.refill(draw)
-            self.generator(self._batch(crop=False)[0])
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, net: nn.Module) -> None:
-    # autograd.grad, not backward(): it accumulates nothing, and a recorded graph needs no zeroing.
-    parameters = list(net.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
 
 
 def _seed(seed: int, *path: int) -> int:

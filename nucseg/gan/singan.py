@@ -85,7 +85,7 @@ class SinGAN(PyramidSynthesizer):
             coloured, (sizes[start - 1],) * 2, mode="bicubic", align_corners=False, antialias=True
         )  # the chain enlarges it again
         noise = [torch.randn(len(masks), 3, s, s, generator=draw, device=self.device) for s in sizes]
-        return self._chain(i, len(sizes), None, noise, start, below)
+        return self.chain(i, len(sizes), None, noise, start, below)
 
     def to_tensors(self):
         return {**super().to_tensors(), "colours": self.colours.cpu()}
