@@ -244,13 +244,15 @@ def test_cps_on_a_gpu_chooses_what_it_chooses_on_a_cpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bfloat16_features_of_a_gpu_are_close_to_those_of_a_cpu(slides, tmp_path):
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 0.05), ("float16", 0.005), ("float32", 0.002)])
+def test_features_of_a_gpu_are_close_to_those_of_a_cpu(precision, limit, slides, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "random.pth")
     encoder = Encoder("resnet18", weights=tmp_path / "random.pth")
-    host, gpu = (extract(slides, encoder, SMALL, device) for device in ("cpu", "cuda"))
+    config = replace(SMALL, precision=precision)
+    host, gpu = (extract(slides, encoder, config, device) for device in ("cpu", "cuda"))
     error = np.linalg.norm(host.features - gpu.features, axis=1) / np.linalg.norm(host.features, axis=1)
-    assert np.median(error) < 0.05
+    assert np.median(error) < limit
 
 
 def test_a_kumar_image_has_50_x_50_positions_and_the_border_only_if_asked():

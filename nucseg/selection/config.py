@@ -24,8 +24,10 @@ class SelectionConfig:
     batch
         Patches per forward pass on a GPU (four times as many sub-regions); `cpu_batch` is the same on a CPU, small
         enough for its caches.
-    bf16
-        bfloat16 forward passes on a GPU; distances are float32 either way.
+    precision
+        Of the forward passes on a GPU; distances are float32 either way. float16 is as fast as bfloat16 and keeps three
+        more bits: on Kumar (EfficientNet-Lite2, step 15, four seeds) 35 of 36 picks were those of float32, with
+        bfloat16 18. A feature that overflows float16 is an error in `cps`, never a silent pick.
     init, n_init, coarse_max_iter, fine_max_iter, tol
         k-means as scikit-learn names them; the release's values, and scikit-learn's `tol` (A8).
     coarse_seed, fine_seed
@@ -54,7 +56,7 @@ class SelectionConfig:
     normalise: bool = True
     batch: int = 512
     cpu_batch: int = 4
-    bf16: bool = True
+    precision: Literal["bfloat16", "float16", "float32"] = "float16"
     init: Literal["random", "k-means++"] = "random"
     n_init: int = 10
     coarse_max_iter: int = 10_000

@@ -107,7 +107,7 @@ def extract(
         A `nucseg.encoders.Encoder`, or any module from (b, 3, H, W) in [0, 1] to (b, d). It is left as it is: a copy
         in evaluation mode does the work. `config.normalise` does not act here, it is the encoder's property.
     config
-        size, step, cover_border, batch, cpu_batch, bf16.
+        size, step, cover_border, batch, cpu_batch, precision.
     device
         None: CUDA where there is one.
     progress
@@ -116,46 +116,57 @@ def extract(
     Returns
     -------
     PatchFeatures
-        On the host, float32. bfloat16 forward passes on CUDA (features in float32 from bfloat16 maps), float32 on CPU.
+        On the host, float32. Forward passes in `config.precision` on CUDA, float32 on CPU.
     """
     config = config or SelectionConfig()
     if not len(samples):
         raise ValueError("no images to select patches from")
     device = default_device(device)
     forward, normalise = _prepare(encoder, config, device)
-    ids, all_rows, all_cols, features, sub_features = [], [], [], [], []
-    half = config.size // 2
+    places = [grid(sample.id, *image_shape(sample), config) for sample in samples]
+    counts = [len(rows) for rows, _ in places]
+    features = sub_features = np.empty(0)
+    first, half = 0, config.size // 2
     with torch.inference_mode():
-        for number, sample in enumerate(samples):
-            image = check_image(sample.image, sample.id)
-            rows, cols = grid(sample.id, *image.shape[:2], config)
-            pixels = normalise(image)
+        for number, (sample, (rows, cols)) in enumerate(zip(samples, places, strict=True)):
+            pixels = normalise(check_image(sample.image, sample.id))
             whole = _run(forward, pixels, rows, cols, config.size, config, device)
             # Row-major sub-regions of each patch, every distinct place once.
             part_rows = (rows[:, None] + [0, 0, half, half]).ravel()
             part_cols = (cols[:, None] + [0, half, 0, half]).ravel()
-            places, back = np.unique(np.stack([part_rows, part_cols]), axis=1, return_inverse=True)
-            parts = _run(forward, pixels, places[0], places[1], half, config, device)
-            features.append(whole)
-            sub_features.append(parts[torch.from_numpy(back.ravel())].view(len(rows), 4, -1))
-            ids += [str(sample.id)] * len(rows)
-            all_rows.append(rows)
-            all_cols.append(cols)
+            distinct, back = np.unique(np.stack([part_rows, part_cols]), axis=1, return_inverse=True)
+            shared = distinct.shape[1] < len(part_rows)
+            part_rows, part_cols = distinct if shared else (part_rows, part_cols)
+            parts = _run(forward, pixels, part_rows, part_cols, half, config, device)
+            if not first:  # now the width is known; filling one array keeps the peak at the size of the result
+                features = np.empty((sum(counts), whole.shape[1]), np.float32)
+                sub_features = np.empty((sum(counts), 4, whole.shape[1]), np.float32)
+            own = slice(first, first + len(rows))
+            features[own] = whole
+            sub_features[own] = parts[back.reshape(len(rows), 4)] if shared else parts.reshape(len(rows), 4, -1)
+            first = own.stop
             if progress is not None:
                 progress(number + 1, len(samples))
     return PatchFeatures(
-        np.asarray(ids),
-        np.concatenate(all_rows),
-        np.concatenate(all_cols),
+        np.repeat([str(sample.id) for sample in samples], counts),
+        np.concatenate([rows for rows, _ in places]),
+        np.concatenate([cols for _, cols in places]),
         config.size,
-        torch.cat(features).numpy(),
-        torch.cat(sub_features).numpy(),
+        features,
+        sub_features,
     )
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
     """Return `device`, or CUDA where there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def image_shape(sample: Any) -> tuple[int, int]:
+    """(H, W) of a sample's image, without decoding it where the sample knows."""
+    shape = getattr(sample, "shape", None)
+    height, width = (shape or check_image(sample.image, sample.id).shape)[:2]
+    return int(height), int(width)
 
 
 def check_image(image: np.ndarray, image_id: str) -> np.ndarray:
@@ -170,10 +181,10 @@ def _prepare(
 ) -> tuple[nn.Module, Callable[[np.ndarray], Tensor]]:
     """Return the network, and a function from an image to the (H, W, 3) pixels that it takes, both on the device.
 
-    An `Encoder` is taken apart so that its normalisation runs once per image, in float32, before the cast to bfloat16:
-    [0, 1] in bfloat16 minus the mean would lose the low bits of every pixel.
+    An `Encoder` is taken apart so that its normalisation runs once per image, in float32, before the cast to half
+    precision: [0, 1] in bfloat16 minus the mean would lose the low bits of every pixel.
     """
-    kind = torch.bfloat16 if device.type == "cuda" and config.bf16 else torch.float32
+    kind = getattr(torch, config.precision) if device.type == "cuda" else torch.float32
     encoder = copy.deepcopy(encoder).eval().to(device)
     scale = getattr(encoder, "normalise", nn.Identity())
     net = getattr(encoder, "net", encoder).to(device=device, dtype=kind, memory_format=torch.channels_last)
@@ -193,13 +204,13 @@ def _run(
     size: int,
     config: SelectionConfig,
     device: torch.device,
-) -> Tensor:
+) -> np.ndarray:
     """Features of the crops at these places, (n, d) float32 on the host."""
     batch = config.cpu_batch if device.type == "cpu" else config.batch
     # Equal pixels per batch for patches and sub-regions; equal batches within an image, so that no kernel meets a stub.
     batch *= (config.size // size) ** 2
     out = [forward(crops).float() for crops in crop(pixels, rows, cols, size, batch)]
-    return torch.cat(out).cpu()
+    return torch.cat(out).cpu().numpy()
 
 
 def crop(pixels: Tensor, rows: np.ndarray, cols: np.ndarray, size: int, batch: int) -> Iterator[Tensor]:

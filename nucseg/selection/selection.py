@@ -16,7 +16,7 @@ from nucseg.data import Patch
 from nucseg.encoders import Encoder
 from nucseg.selection.config import SelectionConfig
 from nucseg.selection.content import nuclear_content
-from nucseg.selection.features import PatchFeatures, check_image, default_device, extract, grid
+from nucseg.selection.features import PatchFeatures, default_device, extract, grid, image_shape
 from nucseg.selection.others import k_center, probcover, standardised, typiclust
 from nucseg.selection.strategies import CPS_TERMS, Picks, Request, centre_crops, centre_rows, consistency, random_crops
 
@@ -130,7 +130,7 @@ def select(
     ids = [str(sample.id) for sample in samples]
     if len(set(ids)) != len(ids):
         raise ValueError("the ids of the images are not unique")
-    shapes = {i: _shape(sample) for i, sample in zip(ids, samples, strict=True)}
+    shapes = {i: image_shape(sample) for i, sample in zip(ids, samples, strict=True)}
     grids = {i: grid(i, *shapes[i], config) for i in ids}
     pool_ids = np.repeat(ids, [len(grids[i][0]) for i in ids])
     pool_rows, pool_cols = (np.concatenate([grids[i][axis] for i in ids]) for axis in (0, 1))
@@ -188,12 +188,6 @@ def label_share(patches: Sequence[Patch], shapes: Mapping[str, tuple[int, int]])
                 mask[patch.row : patch.row + patch.size, patch.col : patch.col + patch.size] = True
         covered += int(mask.sum())
     return covered / sum(height * width for height, width in shapes.values())
-
-
-def _shape(sample: Any) -> tuple[int, int]:
-    """(H, W) of an image, without decoding it where the sample knows."""
-    shape = getattr(sample, "shape", None)
-    return tuple(int(n) for n in (shape or check_image(sample.image, sample.id).shape)[:2])
 
 
 def _no_features(n: int) -> tuple[np.ndarray, np.ndarray]:
