@@ -1,0 +1,107 @@
+"""Fig. 5: CSinGAN's pyramid for one patch (mask, noise, output, real at every scale), its critics' maps, its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nucseg.gan.csingan import ScaleView
+
+_ROWS = ("mask $m_n$", "noise $z_n$", "output $y_n$", "real $x_n$")
+_CRITICS = {"global": "$D_g$ (whole image)", "foreground": "$D_f$ (nuclei)", "background": "$D_b$ (background)"}
+
+
+def figure5(
+    views: Sequence[ScaleView],
+    critic_maps: Mapping[str, Float[np.ndarray, "h w"]],
+    history: Sequence[Float[np.ndarray, "steps terms"]],
+    terms: Sequence[str],
+) -> Figure:
+    """Draw Fig. 5 for one patch.
+
+    Parameters
+    ----------
+    views
+        One for each scale, coarsest first, from `CSinGAN.views`.
+    critic_maps
+        From `CSinGAN.critic_maps`: by region, NaN where a critic does not look.
+    history
+        Losses of this patch for each scale: ``synthesiser.history[n][:, i]``.
+    terms
+        Names of the loss terms, ``synthesiser.terms``.
+
+    Returns
+    -------
+    figure
+        Top: a column for each scale. Bottom: the critics' maps, and two panels of losses over steps, scales marked.
+    """
+    if not views:
+        raise ValueError("figure 5 needs at least one scale")
+    if len(history) != len(views):
+        raise ValueError(f"figure 5: {len(views)} scales but losses of {len(history)}")
+    unknown = set(critic_maps) - set(_CRITICS)
+    if unknown:
+        raise ValueError(f"figure 5: unknown critics {sorted(unknown)}; expected some of {sorted(_CRITICS)}")
+    figure = Figure(figsize=(max(8.0, 1.75 * len(views) + 0.5), 11.0), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(7.2, 3.8))
+    _pyramid(top, views)
+    grid = bottom.add_gridspec(2, 1, height_ratios=(1.2, 1.0))
+    maps = grid[0].subgridspec(1, max(1, len(critic_maps)))
+    for k, (region, values) in enumerate(critic_maps.items()):
+        _critic(bottom.add_subplot(maps[0, k]), _CRITICS[region], values)
+    curves = grid[1].subgridspec(1, 2)
+    joined = np.concatenate([np.asarray(h) for h in history])
+    ends = np.cumsum([len(h) for h in history])
+    distances = [k for k, term in enumerate(terms) if term.startswith("distance_")]
+    left, right = bottom.add_subplot(curves[0, 0]), bottom.add_subplot(curves[0, 1])
+    _losses(left, joined, ends, {_CRITICS[terms[k].removeprefix("distance_")]: k for k in distances})
+    left.set_title("E[D(x)] - E[D(y)] of each critic", fontsize=8)
+    _losses(right, joined, ends, {"L_REC": list(terms).index("reconstruction")})
+    right.set_yscale("log")
+    right.set_title("reconstruction of the real pair, $|y - x|^2$", fontsize=8)
+    return figure
+
+
+def _pyramid(figure, views: Sequence[ScaleView]) -> None:
+    axes = figure.subplots(4, len(views), squeeze=False)
+    for n, view in enumerate(views):
+        # Noise shrinks with the scale (its amplitude is in the title): shown in units of its own spread.
+        spread = float(view.noise.std())
+        noise = np.clip(0.5 + view.noise / (6 * max(spread, 1e-9)), 0, 1)
+        for axis, picture in zip(axes[:, n], (view.mask, noise, view.output, view.real), strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        axes[0, n].set_title(f"n = {n}: {view.mask.shape[0]} px", fontsize=8)
+        axes[1, n].set_title(f"amplitude {spread:.2g}", fontsize=7)
+    for axis, name in zip(axes[:, 0], _ROWS, strict=True):
+        axis.set_ylabel(name, fontsize=8)
+
+
+def _critic(axis: Axes, title: str, values: np.ndarray) -> None:
+    axis.set_facecolor("0.85")  # where the critic does not look
+    seen = values[np.isfinite(values)]
+    low, high = np.percentile(seen, (2, 98)) if seen.size else (0.0, 1.0)
+    shown = axis.imshow(values, cmap="viridis", vmin=low, vmax=max(high, low + 1e-9), interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8)
+    bar = axis.figure.colorbar(shown, ax=axis, shrink=0.85)
+    bar.ax.tick_params(labelsize=6)
+
+
+def _losses(axis: Axes, losses: np.ndarray, ends: np.ndarray, lines: Mapping[str, int]) -> None:
+    width = max(1, len(losses) // 100)
+    kernel = np.ones(width) / width
+    for k, (name, column) in enumerate(lines.items()):
+        colour = f"C{k}"
+        axis.plot(losses[:, column], color=colour, alpha=0.2, linewidth=0.6)
+        smooth = np.convolve(losses[:, column], kernel, mode="valid")
+        axis.plot(np.arange(len(smooth)) + (width - 1) / 2, smooth, color=colour, linewidth=1.1, label=name)
+    for end in ends[:-1]:
+        axis.axvline(end, color="0.6", linewidth=0.7, linestyle=":")
+    axis.set_xlabel("step (dotted: next scale)", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7, frameon=False)
