@@ -127,17 +127,23 @@ def hv_targets(
     device = label_maps.device
     ids = label_maps.long()
     span = int(ids.max()) + 1 if ids.numel() else 1
-    key = (ids + span * torch.arange(b, device=device).view(b, 1, 1)).view(-1)
     inside = ids > 0
+    # Background pixels get keys of their own, one a column: thousands of additions to one place would queue on a GPU.
+    key = torch.where(
+        inside,
+        ids + span * torch.arange(b, device=device).view(b, 1, 1),
+        span * b + torch.arange(w, device=device),
+    ).view(-1)
+    keys = span * b + w
     position = torch.stack((
         torch.arange(w, device=device).expand(b, h, w), torch.arange(h, device=device)[:, None].expand(b, h, w)
     )).reshape(2, -1)  # fmt: skip
-    count = torch.zeros(b * span, dtype=torch.int64, device=device).index_add_(0, key, torch.ones_like(key))
-    total = torch.zeros(2, b * span, dtype=torch.int64, device=device).index_add_(1, key, position)
+    count = torch.zeros(keys, dtype=torch.int64, device=device).index_add_(0, key, torch.ones_like(key))
+    total = torch.zeros(2, keys, dtype=torch.int64, device=device).index_add_(1, key, position)
     centre = torch.floor(total / count.clamp(min=1) + 0.5).long()
     offset = position - centre[:, key]
     index = key.expand(2, -1)
-    empty = torch.zeros(2, b * span, dtype=torch.int64, device=device)
+    empty = torch.zeros(2, keys, dtype=torch.int64, device=device)
     lowest = empty.scatter_reduce(1, index, offset, "amin")  # at most 0, since the zeros take part
     highest = empty.scatter_reduce(1, index, offset, "amax")
     reach = torch.where(offset < 0, -lowest[:, key], highest[:, key]).clamp(min=1)
