@@ -27,6 +27,7 @@ from nucseg.selection import (
     cps,
     extract,
     label_share,
+    most_alike,
     nuclear_content,
     redundancy,
     select,
@@ -497,6 +498,11 @@ def test_redundancy_is_one_for_twins_and_zero_for_orthogonal_picks():
     assert redundancy(np.eye(4)) == pytest.approx(0)
     with pytest.raises(ValueError, match="at least 2 picks"):
         redundancy(np.eye(1))
+
+
+def test_the_two_picks_that_are_most_alike_are_found():
+    assert most_alike(np.array([[1.0, 0, 0], [0, 1, 0], [0, 0.1, 1], [0, 2, 0.1]])) == (1, 3)
+    assert most_alike(-np.eye(2)) == (0, 1)
 
 
 def test_the_coverage_table_has_every_strategy_and_seed_and_agrees_with_select(slides, pool):
