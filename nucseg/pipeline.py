@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from nucseg import gan, metrics, models
 from nucseg.config import to_plain
-from nucseg.data import Dataset, Patch, load_dataset
+from nucseg.data import Dataset, load_dataset
 from nucseg.encoders import Encoder
 from nucseg.experiments import Experiment
-from nucseg.masks import synthesize_masks
+from nucseg.masks import synthesize_with_report
 from nucseg.models.base import Segmenter
 from nucseg.profiles import Profile, load_profile
 from nucseg.progress import task
@@ -69,10 +69,13 @@ class Pipeline:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.store = Store(results or home() / "runs" / self.profile.name)
 
+    # Each stage has two methods: one named by a participle that makes its result where it is missing, and one named by
+    # a noun that reads it. Keys are computed without reading any array.
+
     # -- which pixels ------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _features(self) -> tuple[PatchFeatures, Result]:
+    def described(self) -> Result:
+        """Compute f(x) and f(x_p) of every training patch (Sec. III-A)."""
         config, encoder = self.profile.selection, self.profile.encoder
 
         def make(folder: Path) -> None:
@@ -81,17 +84,21 @@ class Pipeline:
                 features = extract(self.dataset.train, net, config, self.device, progress)
             np.savez(folder / "features.npz", **features.to_arrays())
 
-        describes = {"encoder": encoder, "size": config.size, "step": config.step, "normalise": config.normalise}
-        result = self.store.get("features", describes, make, [self.dataset.fingerprint], SELECTION_CODE)
-        with np.load(result.path / "features.npz", allow_pickle=False) as arrays:
-            return PatchFeatures.from_arrays(dict(arrays)), result
+        what = {name: getattr(config, name) for name in ("size", "step", "cover_border", "normalise", "precision")}
+        what |= {"encoder": encoder, "device": self.device.type}
+        return self.store.get("features", what, make, [self.dataset.fingerprint], SELECTION_CODE)
+
+    @cached_property
+    def _features(self) -> PatchFeatures:
+        with np.load(self.described().path / "features.npz", allow_pickle=False) as arrays:
+            return PatchFeatures.from_arrays(dict(arrays))
 
     def features(self) -> PatchFeatures:
-        """Return f(x) and f(x_p) of every training patch (Sec. III-A)."""
-        return self._features[0]
+        """Return the features of every training patch."""
+        return self._features
 
-    def selection(self, experiment: Experiment) -> tuple[Selection, Result]:
-        """Return the patches that an experiment annotates."""
+    def selected(self, experiment: Experiment) -> Result:
+        """Choose the patches that an experiment annotates."""
         chosen = (experiment.selection, experiment.k1, experiment.k2, experiment.seed)
         random = experiment.selection.startswith("random")
         config = self.profile.selection
@@ -106,56 +113,64 @@ class Pipeline:
                     seed=experiment.seed,
                     config=config,
                     features=None if random else self.features(),
+                    device=self.device,
                 )
             (folder / "selection.json").write_text(json.dumps(selection.to_dict()))
 
-        inputs = [self.dataset.fingerprint, "" if random else self._features[1].key]
-        result = self.store.get("selection", (chosen, config), make, inputs, SELECTION_CODE)
-        return Selection.from_dict(json.loads((result.path / "selection.json").read_text())), result
+        inputs = [self.dataset.fingerprint, "" if random else self.described().key]
+        return self.store.get("selection", (chosen, config), make, inputs, SELECTION_CODE)
 
-    def annotate(self, patches: tuple[Patch, ...]) -> list[Pair]:
-        """Return the images and label maps of patches: what the pathologist is asked for, here cut from the truth."""
-        samples = {sample.id: sample for sample in self.dataset.train}
+    def selection(self, experiment: Experiment) -> Selection:
+        """Return the patches that an experiment annotates."""
+        return Selection.from_dict(json.loads((self.selected(experiment).path / "selection.json").read_text()))
+
+    def annotated(self, experiment: Experiment) -> list[Pair]:
+        """Return images and label maps of the chosen patches: the pathologist's work, here cut from the truth."""
         return [
-            (samples[p.image_id].image[p.slices], samples[p.image_id].labels[p.slices].astype(np.int32))
-            for p in patches
+            (sample.image[patch.slices], sample.labels[patch.slices].astype(np.int32))
+            for patch in self.selection(experiment).patches
+            for sample in [self.dataset.sample(patch.image_id)]
         ]
 
     # -- more pairs --------------------------------------------------------------------------------------------
 
-    def masks(self, experiment: Experiment) -> tuple[np.ndarray, Result]:
-        """Return synthetic label maps, (k1, count, size, size) int32, from the annotated patches (Sec. III-B)."""
-        selection, chosen = self.selection(experiment)
+    def masked(self, experiment: Experiment) -> Result:
+        """Synthesise label maps from the annotated patches (Sec. III-B)."""
         size, count, config = self.profile.selection.size, self.profile.mask_count, self.profile.masks
 
-        def make(folder: Path) -> None:
-            pairs = self.annotate(selection.patches)
+        def make(folder: Path) -> dict:
+            pairs = self.annotated(experiment)
+            masks, sparse = [], 0
             with task("mask synthesis", len(pairs)) as progress:
-                masks = []
                 for i, (_, labels) in enumerate(pairs):
                     if labels.any():
                         seed = int(np.random.SeedSequence([experiment.seed, i]).generate_state(1)[0])
-                        masks.append(synthesize_masks(labels, count, size, seed, config))
+                        made, report = synthesize_with_report(labels, count, size, seed, config)
+                        sparse += int((~report.reached).sum())
                     else:  # a patch without a nucleus has nothing to place: its masks are as empty as itself
-                        masks.append(np.zeros((count, size, size), np.int32))
+                        made = np.zeros((count, size, size), np.int32)
+                    masks.append(made)
                     progress.update(i + 1)
             np.savez_compressed(folder / "masks.npz", masks=np.stack(masks).astype(np.uint16))
+            return {"sparser_than_wanted": sparse}
 
-        result = self.store.get("masks", (config, size, count, experiment.seed), make, [chosen.key], ["nucseg.masks"])
-        with np.load(result.path / "masks.npz", allow_pickle=False) as arrays:
-            return arrays["masks"].astype(np.int32), result
+        what = (config, size, count, experiment.seed)
+        return self.store.get("masks", what, make, [self.selected(experiment).key], ["nucseg.masks"])
 
-    def synthesiser(self, experiment: Experiment) -> Result:
+    def masks(self, experiment: Experiment) -> np.ndarray:
+        """Return the synthetic label maps, (k1, count, size, size) int32."""
+        with np.load(self.masked(experiment).path / "masks.npz", allow_pickle=False) as arrays:
+            return arrays["masks"].astype(np.int32)
+
+    def synthesised(self, experiment: Experiment) -> Result:
         """Train the generators of an experiment: ``generator.safetensors``, ``images.npz`` and ``history.npz``."""
-        selection, chosen = self.selection(experiment)
-        masks, masked = self.masks(experiment)
         name = experiment.augmentation
         config = self.profile.synthesiser(name)
 
         def make(folder: Path) -> None:
-            synthesiser = gan.build(name, config, self.device)
+            synthesiser, masks = gan.build(name, config, self.device), self.masks(experiment)
             with task(f"training {name}") as progress:
-                synthesiser.fit(self.annotate(selection.patches), masks, seed=experiment.seed, progress=progress)
+                synthesiser.fit(self.annotated(experiment), masks, seed=experiment.seed, progress=progress)
             with task(f"images by {name}"):
                 images = synthesiser.generate(masks, seed=experiment.seed)
             np.savez_compressed(folder / "images.npz", images=images)
@@ -163,17 +178,23 @@ class Pipeline:
             curves = {f"scale{i}": losses.numpy() for i, losses in enumerate(synthesiser.history)}
             np.savez_compressed(folder / "history.npz", terms=np.array(synthesiser.terms), **curves)
 
-        key = (name, config, experiment.seed, self.device.type)
-        return self.store.get("synthesis", key, make, [chosen.key, masked.key], ["nucseg.gan"])
+        inputs = [self.selected(experiment).key, self.masked(experiment).key]
+        return self.store.get(
+            "synthesis", (name, config, experiment.seed, self.device.type), make, inputs, ["nucseg.gan"]
+        )
 
-    def synthetic(self, experiment: Experiment) -> tuple[list[Pair], Result]:
+    def synthesiser(self, experiment: Experiment) -> gan.Synthesizer:
+        """Return the trained generators of an experiment."""
+        made = gan.build(experiment.augmentation, self.profile.synthesiser(experiment.augmentation), self.device)
+        return made.from_tensors(load_file(self.synthesised(experiment).path / "generator.safetensors"))
+
+    def synthetic(self, experiment: Experiment) -> list[Pair]:
         """Return the synthetic pairs of an experiment; their instances come from mask synthesis itself (A27)."""
-        masks, _ = self.masks(experiment)
-        result = self.synthesiser(experiment)
-        with np.load(result.path / "images.npz", allow_pickle=False) as arrays:
+        masks = self.masks(experiment)
+        with np.load(self.synthesised(experiment).path / "images.npz", allow_pickle=False) as arrays:
             images = arrays["images"]
         size = images.shape[2]
-        return list(zip(images.reshape(-1, size, size, 3), masks.reshape(-1, size, size), strict=True)), result
+        return list(zip(images.reshape(-1, size, size, 3), masks.reshape(-1, size, size), strict=True))
 
     # -- segmentation ------------------------------------------------------------------------------------------
 
@@ -182,35 +203,21 @@ class Pipeline:
         config = self.profile.segmenter(experiment.segmenter)
         return models.build(experiment.segmenter, encoder=self.profile.segmenter_encoder, config=config)
 
-    def model(self, experiment: Experiment, round: int = 0) -> Result:
-        """Train the segmenter of an experiment, from the start in every pseudo-labelling round (A35)."""
-        groups: dict[str, list[Pair]] = {}
-        inputs = [self.dataset.fingerprint]
-        if experiment.supervision == "full":
-            groups["real"] = [(sample.image, sample.labels) for sample in self.dataset.train]
-        else:
-            selection, chosen = self.selection(experiment)
-            groups["real"] = self.annotate(selection.patches)
-            inputs.append(chosen.key)
-        if experiment.augmentation in gan.REGISTRY:
-            groups["synthetic"], synthetic = self.synthetic(experiment)
-            inputs.append(synthetic.key)
-        if round > 0:
-            groups["pseudo"], pseudo = self.pseudo(experiment, round)
-            inputs.append(pseudo.key)
+    def trained(self, experiment: Experiment, after: int = 0) -> Result:
+        """Train the segmenter after so many rounds of pseudo labels, from the start each time (A35)."""
         name = experiment.segmenter
         training = self.profile.training_of(name)
         augment = None if experiment.augmentation == "none" else self.profile.augment
 
         def make(folder: Path) -> dict:
+            groups = self._pairs(experiment, after)
             torch.manual_seed(experiment.seed)  # the initial weights of the heads
             model = self.build(experiment).to(self.device)
-            pairs = [pair for group in groups.values() for pair in group]
-            title = f"training {name}" + (f", round {round}" if round else "")
+            title = f"training {name}" + (f", round {after}" if after else "")
             with task(title, training.iterations) as progress:
                 result = train(
                     model,
-                    pairs,
+                    [pair for group in groups.values() for pair in group],
                     training,
                     seed=experiment.seed,
                     augment=augment,
@@ -227,60 +234,80 @@ class Pipeline:
                 "peak_gpu_mb": result.peak_memory // 2**20 or None,
             }
 
-        config = {
+        inputs = [self.dataset.fingerprint]
+        if experiment.supervision == "patches":
+            inputs.append(self.selected(experiment).key)
+        if experiment.augmentation in gan.REGISTRY:
+            inputs.append(self.synthesised(experiment).key)
+        if after:
+            inputs.append(self.pseudo_labelled(experiment, after).key)
+        what = {
             "segmenter": (name, self.profile.segmenter(name), self.profile.segmenter_encoder),
             "training": (training, augment, self.profile.mix),
             "seed": experiment.seed,
             "device": self.device.type,
         }
-        return self.store.get("model", config, make, inputs, MODEL_CODE)
+        return self.store.get("model", what, make, inputs, MODEL_CODE)
 
-    def curve(self, experiment: Experiment, round: int = 0) -> pd.DataFrame:
-        """Return the learning curve of a training: iteration, learning rate, total loss and its terms."""
-        return pd.DataFrame(json.loads((self.model(experiment, round).path / "curve.json").read_text()))
+    def _pairs(self, experiment: Experiment, after: int) -> dict[str, list[Pair]]:
+        """Return the training pairs by kind."""
+        if experiment.supervision == "full":
+            groups = {"real": [(sample.image, sample.labels) for sample in self.dataset.train]}
+        else:
+            groups = {"real": self.annotated(experiment)}
+        if experiment.augmentation in gan.REGISTRY:
+            groups["synthetic"] = self.synthetic(experiment)
+        if after:
+            groups["pseudo"] = self.pseudo(experiment, after)
+        return groups
 
     def _validate(self, model: Segmenter) -> float:
         return float(np.mean([metrics.aji(sample.labels, model.predict(sample.image)) for sample in self.dataset.val]))
 
-    def load_model(self, experiment: Experiment, round: int = 0) -> tuple[Segmenter, Result]:
-        """Return the trained segmenter of an experiment, training it first where that has not been done."""
-        result = self.model(experiment, round)
+    def model(self, experiment: Experiment, after: int = 0) -> Segmenter:
+        """Return the trained segmenter of an experiment."""
         model = self.build(experiment)
-        model.load_state_dict(load_file(result.path / "model.safetensors"))
-        return model.to(self.device).eval(), result
+        model.load_state_dict(load_file(self.trained(experiment, after).path / "model.safetensors"))
+        return model.to(self.device).eval()
 
-    def pseudo(self, experiment: Experiment, round: int) -> tuple[list[Pair], Result]:
-        """Return the pseudo-labelled crops of the training images that round `round` adds (Sec. III-C, A34)."""
+    def curve(self, experiment: Experiment, after: int = 0) -> pd.DataFrame:
+        """Return the learning curve of a training: iteration, learning rate, total loss and its terms."""
+        return pd.DataFrame(json.loads((self.trained(experiment, after).path / "curve.json").read_text()))
+
+    def pseudo_labelled(self, experiment: Experiment, after: int) -> Result:
+        """Label crops of the training images by the model of the round before (Sec. III-C, A34)."""
         config = self.profile.pseudo
-        teacher = self.model(experiment, round - 1)
 
         def make(folder: Path) -> dict:
-            model, _ = self.load_model(experiment, round - 1)
-            patches = self.selection(experiment)[0].patches
+            patches = self.selection(experiment).patches
             annotated = [
-                [(p.row, p.col, p.size, s.labels[p.slices]) for p in patches if p.image_id == s.id]
-                for s in self.dataset.train
+                [(p.row, p.col, p.size, sample.labels[p.slices]) for p in patches if p.image_id == sample.id]
+                for sample in self.dataset.train
             ]
             images = [sample.image for sample in self.dataset.train]
-            with task(f"pseudo labels, round {round}"):
-                made = pseudo_pairs(model.predict_instances, images, annotated, config, experiment.seed + round)
+            predict = self.model(experiment, after - 1).predict_instances
+            with task(f"pseudo labels, round {after}"):
+                made = pseudo_pairs(predict, images, annotated, config, experiment.seed + after)
             crops = np.stack([image for image, _ in made.pairs])
             labels = np.stack([labels for _, labels in made.pairs]).astype(np.uint16)
             np.savez_compressed(folder / "pairs.npz", images=crops, labels=labels)
             return {"kept": made.kept, "dropped": made.dropped}
 
-        result = self.store.get("pseudo", (config, round, experiment.seed), make, [teacher.key], ["nucseg.pseudo"])
-        with np.load(result.path / "pairs.npz", allow_pickle=False) as arrays:
-            return list(zip(arrays["images"], arrays["labels"].astype(np.int32), strict=True)), result
+        inputs = [self.trained(experiment, after - 1).key]
+        return self.store.get("pseudo", (config, after, experiment.seed), make, inputs, ["nucseg.pseudo"])
+
+    def pseudo(self, experiment: Experiment, after: int) -> list[Pair]:
+        """Return the pseudo-labelled crops that round `after` adds."""
+        with np.load(self.pseudo_labelled(experiment, after).path / "pairs.npz", allow_pickle=False) as arrays:
+            return list(zip(arrays["images"], arrays["labels"].astype(np.int32), strict=True))
 
     # -- numbers -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, experiment: Experiment, round: int = 0) -> Result:
+    def evaluated(self, experiment: Experiment, after: int = 0) -> Result:
         """Segment the test images: ``metrics.csv``, one line per image, and ``predictions.npz``, the label maps."""
-        trained = self.model(experiment, round)
 
         def make(folder: Path) -> dict:
-            model, _ = self.load_model(experiment, round)
+            model = self.model(experiment, after)
             rows, predictions = [], {}
             with task("test images", len(self.dataset.test)) as progress:
                 for i, sample in enumerate(self.dataset.test):
@@ -292,11 +319,13 @@ class Pipeline:
             np.savez_compressed(folder / "predictions.npz", **predictions)
             return {"aji": float(np.mean([row["aji"] for row in rows]))}
 
-        return self.store.get("evaluation", {}, make, [trained.key], ["nucseg.metrics", *MODEL_CODE])
+        return self.store.get(
+            "evaluation", {}, make, [self.trained(experiment, after).key], ["nucseg.metrics", *MODEL_CODE]
+        )
 
-    def predictions(self, experiment: Experiment, round: int = 0) -> dict[str, np.ndarray]:
+    def predictions(self, experiment: Experiment, after: int = 0) -> dict[str, np.ndarray]:
         """Return the label map that an experiment predicts for each test image, by image id."""
-        with np.load(self.evaluate(experiment, round).path / "predictions.npz", allow_pickle=False) as arrays:
+        with np.load(self.evaluated(experiment, after).path / "predictions.npz", allow_pickle=False) as arrays:
             return {name: arrays[name].astype(np.int32) for name in arrays}
 
     def run(self, experiment: Experiment) -> pd.DataFrame:
@@ -304,11 +333,11 @@ class Pipeline:
 
         The best round is the one with the highest validation AJI; the last one is what the paper reports.
         """
-        share = 1.0 if experiment.supervision == "full" else self.selection(experiment)[0].label_share
+        share = 1.0 if experiment.supervision == "full" else self.selection(experiment).label_share
         best = self._best_round(experiment)
         frames = []
         for r in sorted({best, experiment.rounds}):
-            result = self.evaluate(experiment, r)
+            result = self.evaluated(experiment, r)
             frame = pd.read_csv(result.path / "metrics.csv", dtype={"image_id": str})
             known = {
                 "profile": self.profile.name,
@@ -326,7 +355,7 @@ class Pipeline:
 
     def _best_round(self, experiment: Experiment) -> int:
         rounds = range(experiment.rounds + 1)
-        validation = [self.model(experiment, r).meta["validation_aji"] for r in rounds]
+        validation = [self.trained(experiment, r).meta["validation_aji"] for r in rounds]
         if None in validation:  # no validation images: the last round, as in the paper
             return experiment.rounds
         return max(rounds, key=validation.__getitem__)
@@ -339,11 +368,11 @@ class Pipeline:
         """
         lines = []
         for r in sorted({self._best_round(experiment), experiment.rounds}):
-            own = [self.model(experiment, r), self.evaluate(experiment, r)]
-            own += [self.pseudo(experiment, r)[1]] if r else []
-            shared = [] if experiment.supervision == "full" else [self.selection(experiment)[1]]
+            own = [self.trained(experiment, r), self.evaluated(experiment, r)]
+            own += [self.pseudo_labelled(experiment, r)] if r else []
+            shared = [] if experiment.supervision == "full" else [self.selected(experiment)]
             if experiment.augmentation in gan.REGISTRY:
-                shared += [self.masks(experiment)[1], self.synthesiser(experiment)]
+                shared += [self.masked(experiment), self.synthesised(experiment)]
             trained = own[0].meta
             config = {
                 "experiment": to_plain(experiment),
