@@ -260,7 +260,7 @@ def test_progress_ends_at_its_total(training_set):
 
 def test_learned_nuclei_are_darker_and_bluer_and_the_real_pair_is_reconstructed(training_set):
     pairs, masks = training_set
-    config = CSinGANConfig(scales=2, min_size=24, channels=12, layers=3, steps=120, masks_per_step=2, d_steps=1,
+    config = CSinGANConfig(scales=2, min_size=24, channels=8, layers=3, steps=70, masks_per_step=1, d_steps=1,
                            lr=2e-3)  # fmt: skip
     gan = build("csingan", config, "cpu").fit(pairs, masks, seed=0)
     images = gan.generate(masks, seed=0).astype(float)

@@ -118,7 +118,7 @@ class PyramidConfig:
     min_area: float = 0.01
     calibration_steps: int = 10
     check_every: int = 100
-    divergence_limit: float = 1e5
+    divergence_limit: float = 1e8
     cuda_graph: bool = True
     deterministic: bool = True
     tf32: bool = True

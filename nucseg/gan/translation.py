@@ -45,7 +45,7 @@ class TranslationConfig:
     enlarge: float = 286 / 256
     flip: bool = True
     check_every: int = 100
-    divergence_limit: float = 1e5
+    divergence_limit: float = 1e8
 
     def __post_init__(self):
         for name in ("epochs", "channels", "critic_channels", "critic_layers", "check_every"):
