@@ -141,7 +141,7 @@ class _Draw:
         return (low + (high - low) * unit).to(self.device, self.dtype)
 
     def chance(self, probability: float) -> Tensor:
-        return (self.between(0, 1) < probability).to(self.dtype)
+        return (self.between(0.0, 1.0) < probability).to(self.dtype)
 
     def normal(self, shape: torch.Size) -> Tensor:
         noise = torch.randn(shape, generator=self.generator, device=self.generator.device)
@@ -158,7 +158,9 @@ def _move(
         return images.clone(), label_maps.clone()
 
     # Output offsets from the centre (x right, y down) go through one 2x2 matrix per image to offsets in the source.
-    quarters = (4 * draw.between(0, 1)).floor().clamp(max=3) if config.rot90 else torch.zeros(b, device=images.device)
+    quarters = (
+        (4 * draw.between(0.0, 1.0)).floor().clamp(max=3) if config.rot90 else torch.zeros(b, device=images.device)
+    )
     if out_h != out_w or h != w:
         quarters = 2 * (quarters // 2)  # a quarter turn does not keep the shape of a rectangle
     cos, sin = torch.round(torch.cos(quarters * math.pi / 2)), torch.round(torch.sin(quarters * math.pi / 2))

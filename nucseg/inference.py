@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class InferenceConfig:
             raise ValueError(f"block must be at least two tiles ({2 * self.tile}), got {self.block}")
 
 
+@runtime_checkable
 class DenseModel(Protocol):
     """A network of maps at the input's resolution."""
 
@@ -233,7 +234,7 @@ def _agree(piece: _Piece, other: _Piece, shared: int) -> bool:
     top, left, bottom, right = other.window
     rows = slice(max(top - piece.row, 0), max(bottom - piece.row, 0))
     cols = slice(max(left - piece.col, 0), max(right - piece.col, 0))
-    return 2 * shared > np.count_nonzero(piece.mask[rows, cols])
+    return 2 * shared > int(np.count_nonzero(piece.mask[rows, cols]))
 
 
 def _most_frequent(ids: np.ndarray) -> tuple[int, int]:

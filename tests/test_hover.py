@@ -137,6 +137,13 @@ def test_an_artefact_elsewhere_does_not_change_a_nucleus():
     assert mean_iou(plain[:, :100], disturbed[:, :100]) > 0.97
 
 
+def test_small_holes_are_filled_and_large_ones_are_not():
+    maps = true_maps(np.kron([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.ones((30, 30), dtype=np.int32)).astype(np.int32))
+    maps[0, 40:44, 40:44] = 0.1
+    assert instances_from_maps(maps, HoverConfig(max_hole=20)).labels[40:44, 40:44].all()
+    assert not instances_from_maps(maps, HoverConfig(max_hole=10)).labels[40:44, 40:44].any()
+
+
 def test_empty_and_tiny_maps():
     nothing = instances_from_maps(np.zeros((3, 40, 40), dtype=np.float32), HoverConfig())
     assert not nothing.labels.any()
