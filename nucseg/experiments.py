@@ -235,6 +235,24 @@ def grid(dataset: str, settings: GridSettings, tables: Iterable[str] | None = No
     return tuple(distinct)
 
 
+# Columns of Fig. 7 and the rows whose predictions they show.
+FIGURE_7 = {
+    "HoVer-Net + Ours": "IV.hovernet-ours",
+    "MRCNN + Ours": "IV.mrcnn-ours",
+    "HoVer-Net": "IV.hovernet",
+    "MRCNN": "IV.mrcnn",
+    "NaiveAug + Plabel": "III.rndcrop-plabel",
+    "pix2pix + MRCNN": "II.pix2pix",
+}
+
+
+def row(id: str) -> Row:
+    """Return a row by its name among all tables, for example ``"I.cps"``."""
+    known = {each.id: each for table in TABLES for each in rows(table)}
+    _known("row", id, known)
+    return known[id]
+
+
 def printed(file: str) -> list[dict[str, str]]:
     """Return the lines of one of the CSV files with the paper's printed numbers, as text; a dash is empty."""
     path = resources.files("nucseg") / "paper" / file

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from nucseg import metrics
 from nucseg.config import to_plain
-from nucseg.experiments import TABLES, Experiment, grid
+from nucseg.experiments import FIGURE_7, TABLES, Experiment, experiments_of, grid, row
+from nucseg.figures.segmentation import Row
 from nucseg.models import REGISTRY
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
@@ -104,6 +107,43 @@ class Plan:
 
     def _failure(self, experiment: Experiment) -> Path:
         return failure_file(self.pipeline, experiment)
+
+    def systems(self) -> dict[str, Experiment | None]:
+        """Return the columns of Fig. 7 with their experiments, None for those that this profile does not run.
+
+        A column whose segmenter the profile replaces says so. Of several seeds the first is shown.
+        """
+        settings, dataset = self.pipeline.profile.grid, self.pipeline.dataset.name
+        columns: dict[str, Experiment | None] = {}
+        for name, row_id in FIGURE_7.items():
+            shown = row(row_id)
+            experiment = experiments_of(shown, dataset, settings)[0]
+            replaced = experiment.segmenter != shown.spec.segmenter
+            title = f"{name}\n[{experiment.segmenter}]" if replaced else name
+            columns[title] = experiment if settings.runs(shown) and experiment in self.experiments else None
+        return columns
+
+    def showcase(self, size: int = 256) -> tuple[list[Row], dict[str, list[float]]]:
+        """Return what Fig. 7 shows: a crop of the worst and of the best test image, and each system's AJI on the image.
+
+        Worst and best are by the mean AJI of all systems that were run. The crop, at most `size` pixels, is central.
+        """
+        test = self.pipeline.dataset.test
+        predicted = {
+            name: self.pipeline.predictions(e, e.rounds) for name, e in self.systems().items() if e is not None
+        }
+        aji = {name: [metrics.aji(s.labels, maps[s.id]) for s in test] for name, maps in predicted.items()}
+        mean = np.mean(list(aji.values()), axis=0)
+        rows, scores = [], {name: [] for name in aji}
+        for title, index in (("worst", int(mean.argmin())), ("best", int(mean.argmax()))):
+            sample = test[index]
+            side = [min(size, length) for length in sample.shape]
+            cut = tuple(slice((h - s) // 2, (h - s) // 2 + s) for h, s in zip(sample.shape, side, strict=True))
+            maps = {name: maps[sample.id][cut] for name, maps in predicted.items()}
+            rows.append(Row(sample.image[cut], sample.labels[cut], maps, f"{title}: {sample.organ}\n{sample.id[:20]}"))
+            for name, values in aji.items():
+                scores[name].append(values[index])
+        return rows, scores
 
     def describe(self) -> str:
         """Return one line per experiment with its state, and a line that sums up."""

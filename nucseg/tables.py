@@ -175,33 +175,38 @@ def write_table(table: Table, folder: str | Path, suffix: str = "") -> tuple[Pat
     return paths
 
 
-def write_all(
-    profile: str, dataset: str, settings: GridSettings, folder: str | Path | None = None, suffix: str = ""
-) -> tuple[Path, ...]:
-    """Make and write all six tables of a profile from the ``results.csv`` and ``runs.csv`` in its folder.
+def profile_tables(
+    profile: str, dataset: str, settings: GridSettings, folder: str | Path | None = None
+) -> tuple[Table, ...]:
+    """Make all six tables of a profile from the ``results.csv`` and ``runs.csv`` in its folder.
 
     Parameters
     ----------
     profile, dataset, settings
         The profile's name, what it ran on, and its grid.
     folder
-        Where the results are and the tables go; ``tables/<profile>`` when None. Without results every row says that it
-        was not run.
-    suffix
-        As in `write_table`.
+        Where the results are; ``tables/<profile>`` when None. Without results every row says that it was not run.
     """
     from nucseg.models import REGISTRY  # which segmenters exist; their code is not loaded
 
     folder = published("tables", profile) if folder is None else Path(folder)
     results, runs = folder / "results.csv", folder / "runs.csv"
     lines = read_results(results) if results.is_file() else empty_results()
-    made = make_tables(
+    return make_tables(
         lines[lines["profile"] == profile],
         dataset,
         settings,
         runs=read_runs(runs) if runs.is_file() else None,
         reasons={name: NO_MODEL for name in SEGMENTERS if name not in REGISTRY},
     )
+
+
+def write_all(
+    profile: str, dataset: str, settings: GridSettings, folder: str | Path | None = None, suffix: str = ""
+) -> tuple[Path, ...]:
+    """Make and write all six tables of a profile; arguments are those of `profile_tables` and `write_table`."""
+    folder = published("tables", profile) if folder is None else Path(folder)
+    made = profile_tables(profile, dataset, settings, folder)
     return tuple(path for table in made for path in write_table(table, folder, suffix))
 
 

@@ -16,7 +16,7 @@ import yaml
 from nucseg import gan, models
 from nucseg.augment import AugmentConfig
 from nucseg.config import ConfigError, from_mapping, nearest
-from nucseg.experiments import Experiment, GridSettings, experiments_of, rows
+from nucseg.experiments import Experiment, GridSettings, experiments_of, row
 from nucseg.masks import MaskConfig
 from nucseg.pseudo import PseudoConfig
 from nucseg.selection import SelectionConfig
@@ -111,8 +111,7 @@ class Profile:
 
     def ours(self, dataset: str) -> Experiment:
         """Return the paper's full framework, the row "Ours" of Table III: CPS, CSinGAN, pseudo-labelling."""
-        row = next(row for row in rows("III") if row.key == "ours")
-        return experiments_of(row, dataset, self.grid)[0]
+        return experiments_of(row("III.ours"), dataset, self.grid)[0]
 
 
 def names() -> list[str]:

@@ -8,7 +8,7 @@ native size (A7), and one that several patches share (where the step divides hal
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,20 @@ class PatchFeatures:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def rows_of(self, patches: Iterable[Any]) -> list[int]:
+        """Return the rows of patches of the pool, by image, row and column.
+
+        Raises
+        ------
+        KeyError
+            If a patch is not one of the pool, as centre crops need not be.
+        """
+        place = {
+            key: i
+            for i, key in enumerate(zip(self.image_ids.tolist(), self.rows.tolist(), self.cols.tolist(), strict=True))
+        }
+        return [place[patch.image_id, patch.row, patch.col] for patch in patches]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return everything as plain arrays by name, fit for ``np.savez`` without pickling."""
