@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from nucseg.gan.csingan import ScaleView
 
-_ROWS = ("mask $m_n$", "noise $z_n$", "output $y_n$", "real $x_n$")
+_COLUMNS = ("mask $m_n$", "noise $z_n$", "output $y_n$", "real $x_n$")
 _CRITICS = {"global": "$D_g$ (whole image)", "foreground": "$D_f$ (nuclei)", "background": "$D_b$ (background)"}
 
 
@@ -37,7 +37,7 @@ def figure5(
     Returns
     -------
     figure
-        Top: a column for each scale. Bottom: the critics' maps, and two panels of losses over steps, scales marked.
+        Top: a row for each scale, coarsest first. Bottom: the critics' maps, and two panels of losses over steps.
     """
     if not views:
         raise ValueError("figure 5 needs at least one scale")
@@ -46,8 +46,9 @@ def figure5(
     unknown = set(critic_maps) - set(_CRITICS)
     if unknown:
         raise ValueError(f"figure 5: unknown critics {sorted(unknown)}; expected some of {sorted(_CRITICS)}")
-    figure = Figure(figsize=(max(8.0, 1.75 * len(views) + 0.5), 11.0), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(7.2, 3.8))
+    high = 1.95 * len(views)
+    figure = Figure(figsize=(8.0, high + 4.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(high, 4.2))
     _pyramid(top, views)
     grid = bottom.add_gridspec(2, 1, height_ratios=(1.2, 1.0))
     maps = grid[0].subgridspec(1, max(1, len(critic_maps)))
@@ -61,24 +62,23 @@ def figure5(
     _losses(left, joined, ends, {_CRITICS[terms[k].removeprefix("distance_")]: k for k in distances})
     left.set_title("E[D(x)] - E[D(y)] of each critic", fontsize=8)
     _losses(right, joined, ends, {"L_REC": list(terms).index("reconstruction")})
-    right.set_yscale("log")
     right.set_title("reconstruction of the real pair, $|y - x|^2$", fontsize=8)
     return figure
 
 
 def _pyramid(figure, views: Sequence[ScaleView]) -> None:
-    axes = figure.subplots(4, len(views), squeeze=False)
+    axes = figure.subplots(len(views), 4, squeeze=False)
     for n, view in enumerate(views):
-        # Noise shrinks with the scale (its amplitude is in the title): shown in units of its own spread.
+        # Noise shrinks with the scale (its amplitude is printed): shown in units of its own spread.
         spread = float(view.noise.std())
         noise = np.clip(0.5 + view.noise / (6 * max(spread, 1e-9)), 0, 1)
-        for axis, picture in zip(axes[:, n], (view.mask, noise, view.output, view.real), strict=True):
+        for axis, picture in zip(axes[n], (view.mask, noise, view.output, view.real), strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        axes[0, n].set_title(f"n = {n}: {view.mask.shape[0]} px", fontsize=8)
-        axes[1, n].set_title(f"amplitude {spread:.2g}", fontsize=7)
-    for axis, name in zip(axes[:, 0], _ROWS, strict=True):
-        axis.set_ylabel(name, fontsize=8)
+        axes[n, 0].set_ylabel(f"n = {n}: {view.mask.shape[0]} px", fontsize=8)
+        axes[n, 1].set_xlabel(f"amplitude {spread:.2g}", fontsize=7)
+    for axis, name in zip(axes[0], _COLUMNS, strict=True):
+        axis.set_title(name, fontsize=9)
 
 
 def _critic(axis: Axes, title: str, values: np.ndarray) -> None:
