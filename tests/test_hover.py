@@ -9,7 +9,7 @@ from nucseg.inference import InferenceConfig
 from nucseg.models import REGISTRY, build, config_class
 from nucseg.models.hover import HoverConfig, hover_losses, hv_targets, instances_from_maps
 from nucseg.models.hoverlite import HoverLiteConfig
-from nucseg.models.hovernet import HoverNetConfig
+from nucseg.models.hovernet import HoverNet, HoverNetConfig
 from nucseg.training import TrainingConfig, train
 
 SMALL = HoverLiteConfig(widths=(16, 16, 8, 8), frozen=2, inference=InferenceConfig(tile=128, overlap=32))
@@ -226,6 +226,11 @@ def test_hovernet_has_the_published_sizes(mode, size, out, count):
     assert model.initialised_from == "random weights"
 
 
+def test_a_profile_may_name_one_encoder_for_all_segmenters():
+    with torch.device("meta"):
+        assert build("hovernet", encoder="efficientnet_lite0").initialised_from == "random weights"
+
+
 def test_hovernet_maps_keep_the_resolution_of_any_input():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -278,4 +283,4 @@ def test_hovernet_says_which_weights_it_started_from(tmp_path):
     with pytest.raises(RuntimeError, match="no weights of a pre-activation ResNet50"):
         build("hovernet", weights=path)
     with pytest.raises(RuntimeError, match="'hoverlite' takes any encoder"):
-        build("hovernet", encoder="resnet50")
+        HoverNet(encoder="resnet50")

@@ -13,17 +13,18 @@ __all__ = ["REGISTRY", "Entry", "Instances", "Segmenter", "build", "config_class
 
 
 class Entry(NamedTuple):
-    """Where a segmenter lives: module, class, and class of its configuration."""
+    """Where a segmenter lives: module, class, and class of its configuration; whether it takes an encoder by name."""
 
     module: str
     model: str
     config: str
+    any_encoder: bool = True
 
 
 REGISTRY = {
     "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig"),
     "hoverlite": Entry("nucseg.models.hoverlite", "HoverLite", "HoverLiteConfig"),
-    "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig"),
+    "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig", any_encoder=False),
 }
 
 
@@ -41,7 +42,8 @@ def build(
     name
         A key of `REGISTRY`.
     encoder
-        Name of a pretrained encoder of `nucseg.encoders`; None = the model's own default.
+        Name of a pretrained encoder of `nucseg.encoders`; None = the model's own default. ``hovernet`` is its own
+        encoder and leaves this aside, so that one profile can name an encoder for all its segmenters.
     config
         An instance of ``config_class(name)``; None = its defaults.
     weights
@@ -54,11 +56,12 @@ def build(
     ValueError
         For an unknown name, with the nearest known one.
     """
-    model = getattr(importlib.import_module(_entry(name).module), _entry(name).model)
+    entry = _entry(name)
+    model = getattr(importlib.import_module(entry.module), entry.model)
     expected = config_class(name)
     if config is not None and not isinstance(config, expected):
         raise TypeError(f"config: {name} takes a {expected.__name__}, got {type(config).__name__}")
-    chosen = {} if encoder is None else {"encoder": encoder}
+    chosen = {"encoder": encoder} if encoder is not None and entry.any_encoder else {}
     return model(**chosen, config=config or expected(), weights=weights, pretrained=pretrained)
 
 
