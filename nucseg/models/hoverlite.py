@@ -30,8 +30,9 @@ class HoverLiteConfig:
         and enlarged: a third of the time.
     frozen
         Encoder levels (strides 2, 4, 8, 16, 32) that keep their pretrained weights and statistics, finest first: 0
-        trains everything, 5 the decoder alone. The finest levels cost most and change least: 2 halves a step on the
-        CPU.
+        trains everything, 5 the decoder alone. With
+        ``widths=(64, 32, 16, 16)`` a step of four 128 px crops takes 0.19 s on one CPU core with 0 and 0.11 s with 5,
+        which after 200 steps from twelve such patches was no worse either.
     hover, inference
         Losses and post-processing; tiles and averaging of whole images.
     """
