@@ -140,6 +140,6 @@ class CycleGAN(TranslationSynthesizer):
         return [t.detach() for t in (on_image, on_mask, adversarial, cycle, identity)]
 
 
-def _square(score: Tensor, target: float) -> Tensor:
+def _square(score: Tensor, target: int) -> Tensor:
     """Least-squares GAN loss."""
     return torch.mean((score - target) ** 2)

@@ -46,7 +46,9 @@ def _convolution(x: Tensor, w: Tensor) -> Tensor:
     return torch.ops.aten.convolution(x, w, None, _STRIDE, _PADDING, _DILATION, False, _OUTPUT_PADDING, 1)
 
 
-def _convolution_backward(g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _convolution_backward(
+    g: Tensor, x: Tensor, w: Tensor, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return torch.ops.aten.convolution_backward(
         g, x, w, None, _STRIDE, _PADDING, _DILATION, False, _OUTPUT_PADDING, 1, mask
     )

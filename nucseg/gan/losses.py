@@ -53,7 +53,7 @@ def gradient_penalty(
 
 
 def critic_losses(
-    critics: Mapping[str, nn.Module],
+    critics: Mapping[str, nn.Module] | nn.ModuleDict,
     weights: Mapping[str, float],
     real: Float[Tensor, "1 3 h w"],
     real_mask: Float[Tensor, "1 1 h w"] | None,
@@ -99,7 +99,7 @@ def critic_losses(
 
 
 def generator_loss(
-    critics: Mapping[str, nn.Module],
+    critics: Mapping[str, nn.Module] | nn.ModuleDict,
     weights: Mapping[str, float],
     fake: Float[Tensor, "b 3 h w"],
     fake_mask: Float[Tensor, "b 1 h w"] | None,

@@ -165,7 +165,12 @@ def mask_adherence(images: Images, labels: Labels, predict: Callable[[np.ndarray
 
 
 def nearest_crop_distance(
-    images: Images, source: UInt8[np.ndarray, "h w 3"], side: int = 16, count: int = 100, stride: int = 1, seed: int = 0
+    images: Images,
+    source: UInt8[np.ndarray, "height width 3"],
+    side: int = 16,
+    count: int = 100,
+    stride: int = 1,
+    seed: int = 0,
 ) -> Float[np.ndarray, count]:
     """RMSE (grey levels) between random crops of `images` and the nearest crop of `source`, every position tried."""
     rng = np.random.default_rng(seed)
@@ -185,7 +190,12 @@ def nearest_crop_distance(
 
 
 def memorisation(
-    fake: Images, held_out: Images, source: UInt8[np.ndarray, "h w 3"], side: int = 16, count: int = 100, seed: int = 0
+    fake: Images,
+    held_out: UInt8[np.ndarray, "m h2 w2 3"],
+    source: UInt8[np.ndarray, "height width 3"],
+    side: int = 16,
+    count: int = 100,
+    seed: int = 0,
 ) -> float:
     """Median distance of synthetic crops to the training patch over that of held-out real crops: 1 none, 0 a copy."""
     ours = np.median(nearest_crop_distance(fake, source, side, count, seed=seed))
@@ -197,7 +207,7 @@ def assess(
     fake: Images,
     fake_labels: Labels,
     held_out: Sequence[tuple[np.ndarray, np.ndarray]],
-    source: UInt8[np.ndarray, "h w 3"],
+    source: UInt8[np.ndarray, "height width 3"],
     encode: Callable[[Tensor], Tensor] | None = None,
     predict: Callable[[np.ndarray], np.ndarray] | None = None,
     seed: int = 0,
