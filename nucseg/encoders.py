@@ -13,6 +13,7 @@ import importlib
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -57,6 +58,14 @@ class Encoder(nn.Module):
 class Pyramid(nn.Module):
     """Feature maps at strides 2, 4, 8, 16 and 32 of a pretrained network, for segmenters.
 
+    Parameters
+    ----------
+    name, weights
+        As for `Encoder`.
+    pretrained
+        False leaves the network's random initial weights: only where trained ones are read into it afterwards, and for
+        ablations that say so.
+
     Attributes
     ----------
     channels
@@ -65,10 +74,10 @@ class Pyramid(nn.Module):
         ``(2, 4, 8, 16, 32)``.
     """
 
-    def __init__(self, name: str, weights: str | Path | None = None):
+    def __init__(self, name: str, weights: str | Path | None = None, pretrained: bool = True):
         super().__init__()
         self.name = name
-        self.net = _create(name, weights, features_only=True)
+        self.net = _create(name, weights, pretrained, features_only=True)
         self.channels = tuple(self.net.feature_info.channels())
         self.strides = tuple(self.net.feature_info.reduction())
         self.normalise = _Normalise(self.net)
@@ -90,7 +99,7 @@ class _Normalise(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _create(name: str, weights: str | Path | None, **kwargs) -> nn.Module:
+def _create(name: str, weights: str | Path | None, pretrained: bool = True, **kwargs: Any) -> nn.Module:
     timm_name = EMBEDDED[name][0] if name in EMBEDDED else name
     if not timm.is_model(timm_name):
         raise EncoderError(
@@ -98,6 +107,8 @@ def _create(name: str, weights: str | Path | None, **kwargs) -> nn.Module:
             "timm.list_models() prints"
         )
     net = timm.create_model(timm_name, pretrained=False, **kwargs)
+    if not pretrained:
+        return net
     state = read_weights(weights) if weights is not None else _pretrained_state(name)
     if any(key.startswith("_conv_stem") for key in state):
         state = _rename_lite(state)

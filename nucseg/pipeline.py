@@ -57,13 +57,13 @@ class Pipeline:
 
     def __init__(
         self,
-        profile: Profile | str = "sample",
+        profile: Profile | str | Path = "sample",
         dataset: Dataset | str = "",
         data_root: str | Path = "",
         device: str = "",
         results: str | Path | None = None,
     ):
-        self.profile = load_profile(profile) if isinstance(profile, str) else profile
+        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         name = dataset or self.profile.dataset
         self.dataset = load_dataset(name, data_root or None) if isinstance(name, str) else name
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -198,10 +198,10 @@ class Pipeline:
 
     # -- segmentation ------------------------------------------------------------------------------------------
 
-    def build(self, experiment: Experiment) -> Segmenter:
+    def build(self, experiment: Experiment, pretrained: bool = True) -> Segmenter:
         """Return the untrained segmenter of an experiment, its encoder pretrained."""
-        config = self.profile.segmenter(experiment.segmenter)
-        return models.build(experiment.segmenter, encoder=self.profile.segmenter_encoder, config=config)
+        config, encoder = self.profile.segmenter(experiment.segmenter), self.profile.segmenter_encoder
+        return models.build(experiment.segmenter, encoder=encoder, config=config, pretrained=pretrained)
 
     def trained(self, experiment: Experiment, after: int = 0) -> Result:
         """Train the segmenter after so many rounds of pseudo labels, from the start each time (A35)."""
@@ -266,7 +266,7 @@ class Pipeline:
 
     def model(self, experiment: Experiment, after: int = 0) -> Segmenter:
         """Return the trained segmenter of an experiment."""
-        model = self.build(experiment)
+        model = self.build(experiment, pretrained=False)
         model.load_state_dict(load_file(self.trained(experiment, after).path / "model.safetensors"))
         return model.to(self.device).eval()
 

@@ -44,13 +44,13 @@ class Plan:
 
     def __init__(
         self,
-        profile: str = "sample",
+        profile: str | Path = "sample",
         dataset: str = "",
         data_root: str = "",
         tables: Sequence[str] = TABLES,
         device: str = "",
     ):
-        self.arguments = (profile, dataset, data_root, device)
+        self.arguments = (str(profile), dataset, data_root, device)
         self.pipeline = Pipeline(*self.arguments)
         wanted = grid(self.pipeline.dataset.name, self.pipeline.profile.grid, tables)
         self.without_model = tuple(e for e in wanted if e.segmenter not in REGISTRY)

@@ -207,7 +207,13 @@ def predict_folder(model: str | Path, images: str | Path, out: str | Path, devic
             stem = Path(sample.id).name
             annotations.write_labels(out / "labels" / f"{stem}.tif", labels)
             annotations.write_geojson(out / "geojson" / f"{stem}.geojson", labels)
-            rows.append({"image_id": sample.id, "nuclei": len(scores), "mean_score": float(np.mean(scores or [0]))})
+            rows.append(
+                {
+                    "image_id": sample.id,
+                    "nuclei": len(scores),
+                    "mean_score": float(scores.mean()) if len(scores) else 0.0,
+                }
+            )
             progress.update(i + 1, stem)
     table = pd.DataFrame(rows)
     table.to_csv(out / "nuclei.csv", index=False)

@@ -8,15 +8,18 @@ from nucseg.experiments import TABLES, grid
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
 
-def test_the_three_profiles_load_and_name_themselves():
-    assert names() == ["h100", "paper", "sample"]
+PROFILES = ["h100", "h100-hoverlite", "paper", "sample"]
+
+
+def test_the_profiles_load_and_name_themselves():
+    assert names() == PROFILES
     for name in names():
         profile = load_profile(name)
         assert profile.name == name
         assert profile.description
 
 
-@pytest.mark.parametrize("name", ["h100", "paper", "sample"])
+@pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_lays_out_experiments_for_its_dataset(name):
     profile = load_profile(name)
     experiments = grid(profile.dataset, profile.grid, TABLES)
@@ -82,3 +85,16 @@ def test_the_mix_gives_each_kind_its_share_whatever_its_size():
     weights = Mix(real=0.5, synthetic=0.5, pseudo=1.0).weights({"real": 2, "synthetic": 8})
     assert sum(weights[:2]) == pytest.approx(sum(weights[2:]))
     assert Mix().weights({"real": 2, "synthetic": 8}) is None
+
+
+def test_a_profile_that_extends_another_differs_only_where_it_says():
+    base, lighter = load_profile("h100"), load_profile("h100-hoverlite")
+    grid = dataclasses.replace(lighter.grid, substitutes=base.grid.substitutes)
+    assert dataclasses.replace(lighter, name=base.name, description=base.description, grid=grid) == base
+
+
+def test_a_profile_cannot_extend_what_does_not_exist(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: h10\n")
+    with pytest.raises(ConfigError, match="extends an unknown profile 'h10'; did you mean 'h100'"):
+        load_profile(path)

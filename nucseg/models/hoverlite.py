@@ -62,11 +62,7 @@ class HoverLite(HoverSegmenter):
         config = config or HoverLiteConfig()
         super().__init__(config.hover, config.inference)
         self.config = config
-        self.encoder = Pyramid(encoder, weights)
-        if not pretrained:
-            for module in self.encoder.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+        self.encoder = Pyramid(encoder, weights, pretrained)
         self.fixed = _first_levels(self.encoder.net, config.frozen)
         for module in self.fixed:
             module.requires_grad_(False)

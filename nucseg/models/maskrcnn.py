@@ -154,11 +154,7 @@ class MaskRCNN(Segmenter):
     ):
         super().__init__()
         self.config = config = config or MaskRCNNConfig()
-        self.pyramid = Pyramid(encoder, weights)
-        if not pretrained:
-            for module in self.pyramid.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+        self.pyramid = Pyramid(encoder, weights, pretrained)
         finest, coarsest = min(*config.strides, config.roi_stride), max(*config.strides, config.roi_stride)
         self.used = [i for i, stride in enumerate(self.pyramid.strides) if finest <= stride <= coarsest]
         width = config.fpn_channels

@@ -1,7 +1,8 @@
 """Profiles: every size and schedule of a run, in one YAML file; nothing numeric hides in code.
 
 `sample` is the built-in tissue on a CPU in minutes, `h100` the real sets on one GPU, `paper` the paper's own schedules.
-A profile names only what differs from the defaults of the stages, and those are the paper's.
+A profile names only what differs from the defaults of the stages, and those are the paper's. One that begins with
+``extends: NAME`` names only what differs from that profile.
 """
 
 from __future__ import annotations
@@ -131,16 +132,31 @@ def load_profile(name: str | Path) -> Profile:
     path = FOLDER / f"{name}.yaml" if str(name) in names() else Path(name)
     if path.suffix not in {".yaml", ".yml"} or not path.is_file():
         raise ConfigError(f"no profile {str(name)!r}; {nearest(str(name), names())} (or give the path of a YAML file)")
-    values = yaml.safe_load(path.read_text())
     where = f"profile {path.stem}"
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected settings by name in {path}")
+    values = _read(path, where)
     profile = from_mapping(Profile, {"name": path.stem, **values}, where)
     return replace(
         profile,
         synthesisers=_by_name(profile.synthesisers, gan.REGISTRY, gan.config_class, f"{where}.synthesisers"),
         segmenters=_by_name(profile.segmenters, models.REGISTRY, models.config_class, f"{where}.segmenters"),
     )
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected settings by name in {path}")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if base not in names():
+        raise ConfigError(f"{where}: extends an unknown profile {base!r}; {nearest(str(base), names())}")
+    return _merged(_read(FOLDER / f"{base}.yaml", where), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **changes, **both}
 
 
 def _by_name(values: dict[str, Any], registry: Mapping[str, Any], config_class: Any, where: str) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nucseg.data import Dataset, load_dataset
+from nucseg.pipeline import Pipeline
+from nucseg.profiles import load_profile
+from nucseg.results import RESULT_COLUMNS, RUN_COLUMNS, check_results
+
+PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    tissue = load_dataset("tissue")
+    return Dataset("tiny", tissue.train[:3], tissue.val[:1], tissue.test[:2], synthetic=True, note=tissue.note)
+
+
+@pytest.fixture(scope="module")
+def pipeline(dataset, tmp_path_factory):
+    return Pipeline(PROFILE, dataset, device="cpu", results=tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def ours(pipeline):
+    return pipeline.experiment()
+
+
+@pytest.fixture(scope="module")
+def rows(pipeline, ours):
+    return pipeline.run(ours)
+
+
+def test_an_experiment_gives_one_line_per_test_image_and_reported_round(rows, dataset, ours):
+    check_results(rows[list(RESULT_COLUMNS)])
+    last = rows[rows["round"] == ours.rounds]
+    assert sorted(last["image_id"]) == sorted(sample.id for sample in dataset.test)
+    assert rows["best"].sum() == len(dataset.test)
+    assert set(rows["supervision"]) == {"patches"}
+    assert rows["label_share"].between(0, 1, inclusive="neither").all()
+
+
+def test_every_reported_run_is_described(pipeline, ours, rows):
+    runs = pipeline.runs(ours)
+    assert list(runs.columns) == list(RUN_COLUMNS)
+    assert set(runs["run_id"]) == set(rows["run_id"])
+    assert (runs["seconds"] > 0).all()
+
+
+def test_a_second_run_repeats_nothing(pipeline, ours, rows, dataset, monkeypatch):
+    def no_training(*_, **__):
+        raise AssertionError("trained again")
+
+    for name in ("train", "pseudo_pairs", "synthesize_with_report", "select", "extract"):
+        monkeypatch.setattr(f"nucseg.pipeline.{name}", no_training)
+    again = Pipeline(PROFILE, dataset, device="cpu", results=pipeline.store.root)
+    assert again.run(ours).equals(rows)
+
+
+def test_the_same_experiment_elsewhere_gives_the_same_numbers(dataset, ours, rows, tmp_path):
+    assert Pipeline(PROFILE, dataset, device="cpu", results=tmp_path).run(ours).equals(rows)
+
+
+def test_arms_that_differ_only_in_synthesis_share_their_selection(pipeline, ours, rows):
+    naive = replace(ours, augmentation="naive", rounds=0)
+    assert pipeline.selected(naive).key == pipeline.selected(ours).key
+    assert pipeline.trained(naive).key != pipeline.trained(ours).key
+
+
+def test_a_changed_schedule_trains_a_new_model(pipeline, ours, rows, dataset):
+    schedule = replace(PROFILE.training["hoverlite"], lr=0.5)
+    other = Pipeline(
+        replace(PROFILE, training={"hoverlite": schedule}), dataset, device="cpu", results=pipeline.store.root
+    )
+    assert other.masked(ours).key == pipeline.masked(ours).key
+    assert other.trained(ours).key != pipeline.trained(ours).key
+
+
+def test_only_the_chosen_patches_are_labelled(pipeline, ours, dataset):
+    selection = pipeline.selection(ours)
+    pairs = pipeline.annotated(ours)
+    assert len(pairs) == len(selection.patches) == ours.k1
+    for (image, labels), patch in zip(pairs, selection.patches, strict=True):
+        sample = dataset.sample(patch.image_id)
+        assert (image == patch.crop(sample.image)).all()
+        assert (labels == patch.crop(sample.labels)).all()
+    kinds = pipeline._pairs(ours, after=1)
+    assert len(kinds["real"]) == ours.k1
+    assert len(kinds["synthetic"]) == ours.k1 * PROFILE.mask_count
+    assert len(kinds["pseudo"]) == PROFILE.pseudo.crops
+
+
+def test_pseudo_labels_are_cut_from_training_images_alone(pipeline, ours, dataset, tmp_path, monkeypatch):
+    seen = []
+    real = pipeline.model
+
+    def watched(experiment, after=0):
+        model = real(experiment, after)
+        predict = model.predict_instances
+        model.predict_instances = lambda image: (seen.append(image.tobytes()), predict(image))[1]
+        return model
+
+    fresh = Pipeline(replace(PROFILE, pseudo=replace(PROFILE.pseudo, crops=5)), dataset, "", "cpu", pipeline.store.root)
+    monkeypatch.setattr(fresh, "model", watched)
+    assert len(fresh.pseudo(ours, 1)) == 5
+    assert set(seen) == {sample.image.tobytes() for sample in dataset.train}
+
+
+def test_full_supervision_sees_every_label_and_needs_no_selection(pipeline, dataset, ours):
+    full = replace(ours, selection="all", k1=0, k2=0, augmentation="naive", rounds=0)
+    rows = pipeline.run(full)
+    assert set(rows["label_share"]) == {1.0}
+    assert len(pipeline._pairs(full, after=0)["real"]) == len(dataset.train)
+
+
+def test_a_trained_model_is_read_back_as_it_was(pipeline, ours, rows, dataset):
+    model = pipeline.model(ours, after=1)
+    sample = dataset.test[0]
+    assert np.array_equal(model.predict(sample.image), pipeline.predictions(ours, after=1)[sample.id])
+
+
+def test_figures_say_that_a_tissue_is_synthetic(pipeline):
+    assert "synthetic" in pipeline.signature()
