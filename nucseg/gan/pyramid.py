@@ -79,6 +79,9 @@ class PyramidConfig:
         Weight of the gradient penalty in Eq. 4.
     noise_amplitude
         Noise at finer scales, in units of the RMSE between the real patch and the upsampled reconstruction.
+    coarse_noise
+        Noise at the coarsest scale (1 in the released code and SinGAN). The reconstruction sees none, so the more noise
+        there is, the less L_REC teaches about synthetic masks; a short training wants little.
     masked_average
         Average a critic's map over its mask area (A20); False: over all positions.
     min_area
@@ -114,6 +117,7 @@ class PyramidConfig:
     alpha: float = 10.0
     lambda_: float = 0.1
     noise_amplitude: float = 0.1
+    coarse_noise: float = 1.0
     masked_average: bool = True
     min_area: float = 0.01
     calibration_steps: int = 10
@@ -131,7 +135,7 @@ class PyramidConfig:
         for name in ("d_steps", "calibration_steps", "generate_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("alpha", "lambda_", "noise_amplitude", "decay"):
+        for name in ("alpha", "lambda_", "noise_amplitude", "coarse_noise", "decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.layers < 2:
@@ -276,7 +280,7 @@ class PyramidSynthesizer(Synthesizer):
         generators, critics = self._new_networks(n, k1, init)
         with torch.no_grad():
             previous = [self._previous_reconstruction(i, n, data) for i in range(k1)]
-            amplitude = torch.ones(k1, device=self.device)
+            amplitude = torch.full((k1,), config.coarse_noise, device=self.device)
             if n:
                 error = torch.cat(previous) - data.images[n]
                 amplitude = config.noise_amplitude * error.square().mean((1, 2, 3)).sqrt()
