@@ -1,4 +1,4 @@
-"""From unlabelled slides to label maps: what `nucseg select`, `import-annotations`, `train`, `predict` and `evaluate` do.
+"""From unlabelled slides to label maps: `nucseg select`, `import-annotations`, `train`, `predict`, `evaluate`.
 
     select -> a pathologist outlines the nuclei of a few patches -> import_annotations -> train -> predict
 

@@ -6,7 +6,8 @@ from nucseg.notebooks import NOTEBOOKS, NotebookFailed, ParameterError
 
 
 def write(path, *cells):
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
     notebook.cells = [nbformat.v4.new_code_cell(code, metadata={"tags": tags}) for code, tags in cells]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, path)

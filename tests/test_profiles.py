@@ -7,7 +7,6 @@ from nucseg.config import ConfigError
 from nucseg.experiments import TABLES, grid
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
-
 PROFILES = ["h100", "h100-hoverlite", "paper", "sample"]
 
 
