@@ -199,7 +199,7 @@ def test_the_tissue_is_marked_synthetic_and_generated_only_when_looked_at(monkey
     dataset = load_dataset("tissue")
     assert dataset.synthetic
     assert dataset.note == SYNTHETIC_NOTE
-    assert dataset.train[0].shape == (256, 256)
+    assert dataset.train[0].shape == (512, 512)
     assert len(dataset.fingerprint) == 12
     assert calls == []
     assert dataset.train[0].labels.max() == 1

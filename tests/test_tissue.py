@@ -15,7 +15,7 @@ from nucseg.labels import check_label_map
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, Tissue]:
-    return {spec.id: generate_tissue(spec.kind, spec.shape, spec.seed) for spec in splits()}
+    return {spec.id: generate_tissue(spec.kind, (256, 256), spec.seed) for spec in splits()}
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,13 @@ def test_the_table_has_8_2_8_images_with_unique_ids_seeds_and_patients():
     assert [sum(s.split == name for s in specs) for name in ("train", "val", "test")] == [8, 2, 8]
     assert len({s.id for s in specs}) == len({s.patient for s in specs}) == len({(s.kind, s.seed) for s in specs}) == 18
     assert specs[0].id == "tissue-glandular-01"
-    assert all(s.id == f"tissue-{s.kind}-{s.seed:02d}" and s.shape == (256, 256) for s in specs)
+    assert all(s.id == f"tissue-{s.kind}-{s.seed:02d}" for s in specs)
+    assert {(s.split, s.shape) for s in specs} == {("train", (512, 512)), ("val", (256, 256)), ("test", (256, 256))}
+
+
+def test_a_larger_image_is_as_dense_as_a_small_one():
+    small, large = (generate_tissue("lymphoid", (side, side), 4).labels for side in (256, 512))
+    assert (large > 0).mean() == pytest.approx((small > 0).mean(), rel=0.35)
 
 
 def test_the_unseen_kind_occurs_twice_and_in_test_only():

@@ -34,7 +34,7 @@ class Population(NamedTuple):
     nucleus: Nucleus
     weight: np.ndarray  # (H, W) >= 0, relative chance of a nucleus' centre
     angle: np.ndarray  # (H, W), direction of its long axis in radians
-    count: int  # nuclei tried; those that find no room are dropped
+    count: int  # nuclei tried on 256 x 256 pixels; those that find no room are dropped
     spacing: float  # least distance of two centres over the sum of their radii; below 1 they touch
 
 
@@ -105,19 +105,20 @@ def throw(rng: np.random.Generator, populations: list[Population]) -> np.ndarray
     for who in populations:
         if not who.weight.any():
             continue
-        cells, look = np.zeros(who.count, _CELL), who.nucleus
+        count = round(who.count * who.weight.size / 256**2)
+        cells, look = np.zeros(count, _CELL), who.nucleus
         chance = np.cumsum(who.weight, dtype=float)
-        place = np.searchsorted(chance, rng.uniform(0, chance[-1], who.count))
+        place = np.searchsorted(chance, rng.uniform(0, chance[-1], count))
         cells["row"], cells["col"] = np.unravel_index(np.minimum(place, chance.size - 1), who.weight.shape)
-        normal = rng.standard_normal((5, who.count))
+        normal = rng.standard_normal((5, count))
         cells["radius"] = look.diameter / 2 * (1 + look.spread * np.clip(normal[0], -2, 2))
         cells["elongation"] = 1 + (look.elongation - 1) * np.exp(0.3 * normal[1])
         cells["angle"] = who.angle.ravel()[place] + 0.12 * normal[2]
         cells["stain"] = look.stain * np.exp(0.2 * normal[3])  # deep and pale ones side by side
         cells["vesicular"] = np.clip(look.vesicular + 0.15 * normal[4], 0, 0.85)
-        cells["waves"] = outline_waves(rng, who.count, look.irregularity)
-        cells["depth"] = rng.uniform(0, 0.35, who.count)
-        cells["spacing"] = who.spacing * rng.uniform(1, 1.35, who.count)  # clusters here, loose cells there
+        cells["waves"] = outline_waves(rng, count, look.irregularity)
+        cells["depth"] = rng.uniform(0, 0.35, count)
+        cells["spacing"] = who.spacing * rng.uniform(1, 1.35, count)  # clusters here, loose cells there
         cells["clumps"], cells["nucleolus"] = look.clumps, look.nucleolus
         thrown.append(cells)
     cells = np.concatenate(thrown)

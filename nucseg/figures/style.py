@@ -15,7 +15,7 @@ import nucseg
 
 def sign(figure: Figure, text: str) -> Figure:
     """Print one small line under a figure: profile, dataset, run ids, and that a tissue is synthetic."""
-    figure.text(0.005, 0.002, text, fontsize=6, color="0.35", ha="left", va="bottom")
+    figure.text(0.005, -0.005, text, fontsize=6, color="0.35", ha="left", va="top")
     return figure
 
 
