@@ -23,7 +23,9 @@ RootOption = Annotated[str, typer.Option(help="Where the data lie; empty: the en
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where there is one.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
-TableOption = Annotated[list[str] | None, typer.Option("--table", "-t", help="I to VI, or 1 to 6; may be repeated.")]
+TableOption = Annotated[
+    list[str] | None, typer.Option("--table", "-t", help="I to VI or 1 to 6, S: all selection strategies; repeatable.")
+]
 
 
 # -- the paper -------------------------------------------------------------------------------------------------
@@ -104,12 +106,20 @@ def status(
 
 @app.command()
 def tables(profile: ProfileOption = "sample", dataset: DatasetOption = "") -> None:
-    """Make Tables I to VI from results.csv alone, as CSV, Markdown, LaTeX and HTML."""
+    """Make Tables I to VI, and S, from results.csv alone, as CSV, Markdown, LaTeX and HTML."""
+    from nucseg import beyond
     from nucseg.profiles import load_profile
-    from nucseg.tables import write_all
+    from nucseg.results import read_results
+    from nucseg.store import published
+    from nucseg.tables import write_all, write_table
 
     settings = load_profile(profile)
-    for path in write_all(settings.name, dataset or settings.dataset, settings.grid):
+    name, folder = dataset or settings.dataset, published("tables", settings.name)
+    paths = list(write_all(settings.name, name, settings.grid))
+    if (folder / "results.csv").is_file():
+        extra = beyond.strategy_table(read_results(folder / "results.csv"), name, settings.grid)
+        paths += write_table(extra, folder) if extra else ()
+    for path in paths:
         typer.echo(path)
 
 
@@ -231,12 +241,12 @@ ROMAN = ("I", "II", "III", "IV", "V", "VI")
 
 
 def _tables(names: list[str] | None) -> tuple[str, ...]:
-    """Turn 1 or i into I, and nothing into all."""
+    """Turn 1 or i into I, and nothing into all six; S is the comparison beyond the paper."""
     chosen = []
     for name in names or ROMAN:
         roman = ROMAN[int(name) - 1] if name in {"1", "2", "3", "4", "5", "6"} else name.upper()
-        if roman not in ROMAN:
-            raise ConfigError(f"no table {name!r}; the paper has I to VI")
+        if roman not in (*ROMAN, "S"):
+            raise ConfigError(f"no table {name!r}; the paper has I to VI, and S compares all selection strategies")
         chosen.append(roman)
     return tuple(dict.fromkeys(chosen))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg import metrics
+from nucseg import beyond, metrics
 from nucseg.config import to_plain
 from nucseg.experiments import FIGURE_7, TABLES, Experiment, experiments_of, grid, row
 from nucseg.figures.segmentation import Row
@@ -39,7 +39,7 @@ class Plan:
     profile, dataset, data_root, device
         As for `nucseg.pipeline.Pipeline`.
     tables
-        ``"I"`` to ``"VI"``; all by default.
+        ``"I"`` to ``"VI"``, all of these by default, and ``"S"``: every selection strategy on one budget.
     """
 
     def __init__(
@@ -52,7 +52,10 @@ class Plan:
     ):
         self.arguments = (str(profile), dataset, data_root, device)
         self.pipeline = Pipeline(*self.arguments)
-        wanted = grid(self.pipeline.dataset.name, self.pipeline.profile.grid, tables)
+        name, settings = self.pipeline.dataset.name, self.pipeline.profile.grid
+        wanted = grid(name, settings, [table for table in tables if table != beyond.TABLE])
+        if beyond.TABLE in tables:
+            wanted = tuple(dict.fromkeys((*wanted, *beyond.strategy_experiments(name, settings))))
         self.without_model = tuple(e for e in wanted if e.segmenter not in REGISTRY)
         self.experiments = tuple(e for e in wanted if e.segmenter in REGISTRY)
 

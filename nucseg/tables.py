@@ -168,7 +168,8 @@ def write_table(table: Table, folder: str | Path, suffix: str = "") -> tuple[Pat
         "tex": table_formats.latex(table.caption, header, cells, table.notes),
         "html": table_formats.html_page(table.caption, header, cells, table.notes),
     }
-    name = f"table{TABLES.index(table.number) + 1}_{Path(table.dataset).name}{suffix}"
+    number = TABLES.index(table.number) + 1 if table.number in TABLES else table.number
+    name = f"table{number}_{Path(table.dataset).name}{suffix}"
     paths = tuple(Path(folder) / f"{name}.{ending}" for ending in texts)
     for path, text in zip(paths, texts.values(), strict=True):
         write_text(path, text)
