@@ -134,31 +134,38 @@ class Pipeline:
 
     # -- more pairs --------------------------------------------------------------------------------------------
 
+    def sources(self, experiment: Experiment) -> list[Pair]:
+        """Return the annotated patches that hold a nucleus: without one there is nothing to lay out or to paint.
+
+        Such patches are chosen from sparse tissue; they stay in the training set as true background.
+        """
+        pairs = [pair for pair in self.annotated(experiment) if pair[1].any()]
+        if not pairs:
+            raise ValueError(f"{experiment.selection}: no chosen patch holds a nucleus, so nothing can be synthesised")
+        return pairs
+
     def masked(self, experiment: Experiment) -> Result:
         """Synthesise label maps from the annotated patches (Sec. III-B)."""
         size, count, config = self.profile.selection.size, self.profile.mask_count, self.profile.masks
 
         def make(folder: Path) -> dict:
-            pairs = self.annotated(experiment)
+            pairs = self.sources(experiment)
             masks, sparse = [], 0
             with task("mask synthesis", len(pairs)) as progress:
                 for i, (_, labels) in enumerate(pairs):
-                    if labels.any():
-                        seed = int(np.random.SeedSequence([experiment.seed, i]).generate_state(1)[0])
-                        made, report = synthesize_with_report(labels, count, size, seed, config)
-                        sparse += int((~report.reached).sum())
-                    else:  # a patch without a nucleus has nothing to place: its masks are as empty as itself
-                        made = np.zeros((count, size, size), np.int32)
+                    seed = int(np.random.SeedSequence([experiment.seed, i]).generate_state(1)[0])
+                    made, report = synthesize_with_report(labels, count, size, seed, config)
+                    sparse += int((~report.reached).sum())
                     masks.append(made)
                     progress.update(i + 1)
             np.savez_compressed(folder / "masks.npz", masks=np.stack(masks).astype(np.uint16))
-            return {"sparser_than_wanted": sparse}
+            return {"sparser_than_wanted": sparse, "patches_without_nuclei": experiment.k1 - len(pairs)}
 
-        what = (config, size, count, experiment.seed)
+        what = ("patches with nuclei", config, size, count, experiment.seed)
         return self.store.get("masks", what, make, [self.selected(experiment).key], ["nucseg.masks"])
 
     def masks(self, experiment: Experiment) -> np.ndarray:
-        """Return the synthetic label maps, (k1, count, size, size) int32."""
+        """Return the synthetic label maps of each of `sources`, (sources, count, size, size) int32."""
         with np.load(self.masked(experiment).path / "masks.npz", allow_pickle=False) as arrays:
             return arrays["masks"].astype(np.int32)
 
@@ -170,7 +177,7 @@ class Pipeline:
         def make(folder: Path) -> None:
             synthesiser, masks = gan.build(name, config, self.device), self.masks(experiment)
             with task(f"training {name}") as progress:
-                synthesiser.fit(self.annotated(experiment), masks, seed=experiment.seed, progress=progress)
+                synthesiser.fit(self.sources(experiment), masks, seed=experiment.seed, progress=progress)
             with task(f"images by {name}"):
                 images = synthesiser.generate(masks, seed=experiment.seed)
             np.savez_compressed(folder / "images.npz", images=images)

@@ -92,6 +92,20 @@ def test_only_the_chosen_patches_are_labelled(pipeline, ours, dataset):
     assert len(kinds["pseudo"]) == PROFILE.pseudo.crops
 
 
+def test_a_patch_without_nuclei_is_trained_on_but_nothing_is_painted_from_it(dataset, ours, tmp_path, monkeypatch):
+    run = Pipeline(PROFILE, dataset, device="cpu", results=tmp_path)
+    (image, labels), *others = run.annotated(ours)
+    monkeypatch.setattr(run, "annotated", lambda _: [(image, np.zeros_like(labels)), *others])
+    assert len(run.sources(ours)) == len(run.masks(ours)) == ours.k1 - 1
+    assert run.masked(ours).meta["patches_without_nuclei"] == 1
+    kinds = run._pairs(ours, after=0)
+    assert len(kinds["real"]) == ours.k1
+    assert len(kinds["synthetic"]) == (ours.k1 - 1) * PROFILE.mask_count
+    monkeypatch.setattr(run, "annotated", lambda _: [(image, np.zeros_like(labels))])
+    with pytest.raises(ValueError, match="no chosen patch holds a nucleus"):
+        run.sources(ours)
+
+
 def test_pseudo_labels_are_cut_from_training_images_alone(pipeline, ours, dataset, tmp_path, monkeypatch):
     seen = []
     real = pipeline.model
