@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores; spinning threads cost more than they give
+
+# Shapes in the annotations of tensor functions are enforced in tests, and in tests only.
+_TYPED = ("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models")
+_hook = install_import_hook(_TYPED, "beartype.beartype")
 
 
 @pytest.fixture(scope="session")
