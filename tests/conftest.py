@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores; spinning threads cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
 
 # Shapes in the annotations of tensor functions are enforced in tests, and in tests only.
 _TYPED = ("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models")

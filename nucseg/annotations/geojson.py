@@ -15,16 +15,14 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.outlines import trace
 from nucseg.annotations.polygons import AnnotationReport, Region, rasterize, unique_names
-
-if TYPE_CHECKING:
-    from nucseg.data import Patch
+from nucseg.patches import Patch
 
 NUCLEUS, PATCH = "Nucleus", "Patch"  # classification names
 COLOURS = {NUCLEUS: (0, 160, 220), PATCH: (240, 150, 0)}
@@ -151,8 +149,6 @@ def read_geojson_patches(path: str | Path, image_id: str | None = None) -> list[
     AnnotationError
         When a patch is not a square at whole pixels.
     """
-    from nucseg.data import Patch
-
     ranked = []
     for number, feature in enumerate(_features(Path(path)), 1):
         properties = _mapping(feature.get("properties"))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from nucseg.annotations.errors import DataError
 from nucseg.config import nearest
-from nucseg.data.dataset import Dataset, MissingData, Patch, Sample
+from nucseg.data.dataset import Dataset, MissingData, Sample
 from nucseg.data.images import ImageError, ImageWarning, read_image, read_region
+from nucseg.patches import Patch
 
 NAMES = ("tissue", "kumar", "monuseg", "tnbc")
 

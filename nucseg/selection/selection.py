@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from nucseg.config import nearest, to_plain
-from nucseg.data import Patch
 from nucseg.encoders import Encoder
+from nucseg.patches import Patch
 from nucseg.selection.config import SelectionConfig
 from nucseg.selection.content import nuclear_content
 from nucseg.selection.features import PatchFeatures, default_device, extract, grid, image_shape

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nucseg.data import Patch
+from nucseg.patches import Patch
 from nucseg.selection.config import SelectionConfig
 from nucseg.selection.cps import Conflicts, candidates, choose, cluster, total
 from nucseg.selection.features import PatchFeatures
