@@ -79,7 +79,7 @@ class Pipeline:
         config, encoder = self.profile.selection, self.profile.encoder
 
         def make(folder: Path) -> None:
-            net = Encoder(encoder, normalise=config.normalise)
+            net = Encoder(encoder, self.profile.weights.get(encoder), config.normalise)
             with task(f"features by {encoder}") as progress:
                 features = extract(self.dataset.train, net, config, self.device, progress)
             np.savez(folder / "features.npz", **features.to_arrays())
@@ -208,7 +208,8 @@ class Pipeline:
     def build(self, experiment: Experiment, pretrained: bool = True) -> Segmenter:
         """Return the untrained segmenter of an experiment, its encoder pretrained."""
         config, encoder = self.profile.segmenter(experiment.segmenter), self.profile.segmenter_encoder
-        return models.build(experiment.segmenter, encoder=encoder, config=config, pretrained=pretrained)
+        weights = self.profile.weights.get(encoder)
+        return models.build(experiment.segmenter, encoder, config, weights, pretrained)
 
     def trained(self, experiment: Experiment, after: int = 0) -> Result:
         """Train the segmenter after so many rounds of pseudo labels, from the start each time (A35)."""

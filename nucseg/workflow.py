@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from nucseg import annotations, metrics, models
 from nucseg.config import from_mapping, to_plain
 from nucseg.data import Sample, load_dataset
+from nucseg.encoders import Encoder
 from nucseg.models.base import Segmenter
 from nucseg.profiles import Profile
 from nucseg.progress import task
@@ -50,7 +51,9 @@ def select_patches(
     """
     dataset = load_dataset(str(images))
     samples = list(dataset.samples)
-    config = profile.selection
+    config, encoder = profile.selection, profile.encoder
+    if not strategy.startswith("random"):
+        encoder = Encoder(encoder, profile.weights.get(encoder), config.normalise)
     with task(f"choosing {k1} patches of {len(samples)} images"):
         selection = select(
             samples,
@@ -59,7 +62,7 @@ def select_patches(
             profile.grid.k2,
             size=config.size,
             step=config.step,
-            encoder=profile.encoder,
+            encoder=encoder,
             seed=seed,
             config=config,
             device=pick_device(device),
@@ -157,7 +160,7 @@ def train_folder(
         raise WorkflowError(f"{dataset}: no image has a label map; outline some and run 'nucseg import-annotations'")
     torch.manual_seed(seed)
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
-    model = models.build(segmenter, encoder=encoder, config=config)
+    model = models.build(segmenter, encoder, config, profile.weights.get(encoder))
     schedule = profile.training_of(segmenter)
     with task(f"training {segmenter} on {len(pairs)} images", schedule.iterations) as progress:
         result = train(

@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from nucseg.config import ConfigError
+from nucseg.encoders import EncoderError
 from nucseg.experiments import TABLES, grid
+from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
 PROFILES = ["h100", "h100-hoverlite", "paper", "sample"]
@@ -97,3 +99,9 @@ def test_a_profile_cannot_extend_what_does_not_exist(tmp_path):
     path.write_text("extends: h10\n")
     with pytest.raises(ConfigError, match="extends an unknown profile 'h10'; did you mean 'h100'"):
         load_profile(path)
+
+
+def test_the_file_of_an_encoders_weights_is_used(tmp_path):
+    profile = dataclasses.replace(load_profile("sample"), weights={"efficientnet_lite0": str(tmp_path / "none.pth")})
+    with pytest.raises(EncoderError, match=r"no weights file .*none\.pth"):
+        Pipeline(profile, results=tmp_path).build(profile.ours("tissue"))

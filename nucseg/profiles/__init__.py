@@ -67,6 +67,8 @@ class Profile:
         f(.) of Sec. III-A.
     segmenter_encoder
         The pretrained encoder that every segmenter starts from.
+    weights
+        Files of ImageNet weights by encoder, where they cannot be downloaded: ``{resnet50: /path/resnet50.pth}``.
     grid
         Which rows of which table run, with which K1, K2, rounds and seeds.
     mask_count
@@ -83,6 +85,7 @@ class Profile:
     encoder: str
     segmenter_encoder: str
     grid: GridSettings
+    weights: dict[str, str] = field(default_factory=dict)
     mask_count: int = 50
     mix: Mix = field(default_factory=Mix)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
