@@ -119,7 +119,7 @@ def execute(
     Raises
     ------
     NotebookFailed
-        With the cell, the error and `resume`. The notebook is written up to the cell that failed.
+        With the cell (its place in the executed notebook), the error and `resume`; what has run is written.
     """
     import nbformat
     import papermill

@@ -65,7 +65,7 @@ def test_a_run_passes_parameters_reports_progress_and_writes_a_page(place):
 def test_a_failed_cell_stops_the_run_and_says_how_to_go_on(place):
     write(place / "notebooks" / "01_cps.ipynb", ("k1 = 3", ["parameters"]), ("1 / 0", []))
     write(place / "notebooks" / "02_mask_synthesis.ipynb", ("k1 = 3", ["parameters"]), ("print('ran')", []))
-    with pytest.raises(NotebookFailed, match=r"(?s)01_cps\.ipynb, cell 1: ZeroDivisionError.*nucseg reproduce --x"):
+    with pytest.raises(NotebookFailed, match=r"(?s)01_cps\.ipynb, cell 2: ZeroDivisionError.*nucseg reproduce --x"):
         notebooks.reproduce({"k1": 4}, place / "out", {}, NOTEBOOKS[:2], "nucseg reproduce --x")
     assert (place / "out" / "01_cps.ipynb").is_file()
     assert not (place / "out" / "02_mask_synthesis.ipynb").exists()
