@@ -341,7 +341,15 @@ class Pipeline:
 
         The best round is the one with the highest validation AJI; the last one is what the paper reports.
         """
-        share = 1.0 if experiment.supervision == "full" else self.selection(experiment).label_share
+        if experiment.supervision == "full":
+            share, outlined = 1.0, [(sample.id, sample.labels) for sample in self.dataset.train]
+        else:
+            chosen = self.selection(experiment)
+            samples = [self.dataset.sample(patch.image_id) for patch in chosen.patches]
+            share = chosen.label_share
+            outlined = [(s.id, s.labels[p.slices]) for s, p in zip(samples, chosen.patches, strict=True)]
+        # A nucleus that two overlapping patches touch is outlined once.
+        nuclei = {(image, label) for image, labels in outlined for label in np.unique(labels[labels > 0])}
         best = self._best_round(experiment)
         frames = []
         for r in sorted({best, experiment.rounds}):
@@ -356,6 +364,7 @@ class Pipeline:
                 "round": r,
                 "best": int(r == best),
                 "label_share": share,
+                "label_nuclei": len(nuclei),
                 "run_id": result.run_id,
             }
             frames.append(frame.assign(**known))

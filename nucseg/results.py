@@ -3,6 +3,9 @@
 ``results.csv`` has one line per experiment, pseudo-labelling round and test image; ``round`` is the round that the
 model comes from. The last round is the reported one; the one with the best validation AJI has ``best`` = 1, and may be
 the same (A34). ``runs.csv`` has one line per run: what it took, on what machine, with which configuration.
+
+``label_share`` and ``label_nuclei`` are what had to be outlined: the part of the training pixels, and the nuclei that
+the patches touch. Files written before nuclei were counted lack the second; it is empty there.
 """
 
 from __future__ import annotations
@@ -18,15 +21,16 @@ from nucseg.experiments import Experiment
 
 EXPERIMENT = tuple(f.name for f in dataclasses.fields(Experiment))
 SCORES = ("dice", "aji", "aji_plus", "dq", "sq", "pq", "f1")
+COUNTED = "label_nuclei"  # the only number that may be missing
 _INTEGERS = ("k1", "k2", "rounds", "seed", "round", "best", "seen", "n_true", "n_pred")
 
 RESULT_COLUMNS = (
     *("profile", "dataset", "fingerprint", "selection", "k1", "k2", "augmentation", "segmenter", "encoder"),
-    *("rounds", "supervision", "seed", "round", "best", "image_id", "organ", "seen", "label_share"),
+    *("rounds", "supervision", "seed", "round", "best", "image_id", "organ", "seen", "label_share", COUNTED),
     *SCORES,
     *("n_true", "n_pred", "run_id"),
 )
-TEXT = tuple(name for name in RESULT_COLUMNS if name not in (*_INTEGERS, *SCORES, "label_share"))
+TEXT = tuple(name for name in RESULT_COLUMNS if name not in (*_INTEGERS, *SCORES, "label_share", COUNTED))
 RUN_COLUMNS = ("run_id", "started", "seconds", "device", "versions", "peak_gpu_mb", "config")
 KEY = ("profile", "encoder", *EXPERIMENT, "round", "image_id")  # what must be there only once
 
@@ -43,7 +47,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
     FileNotFoundError
         If it is not there.
     ResultsError
-        For missing or unknown columns, scores out of range, lines that occur twice, or one dataset in two versions.
+        For missing or unknown columns (``label_nuclei`` may be missing, and then is empty), scores out of range, lines
+        that occur twice, or one dataset in two versions.
     """
     # Names such as "01" and "NA" are text, and stay so.
     frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False)
@@ -76,7 +81,10 @@ def empty_results() -> pd.DataFrame:
 
 def check_results(frame: pd.DataFrame, where: str = "results") -> pd.DataFrame:
     """Return a results frame with its columns in order, or raise a `ResultsError` that says what is wrong where."""
+    if COUNTED not in frame:
+        frame = frame.assign(**{COUNTED: None})
     frame = _columns(frame, RESULT_COLUMNS, where)
+    frame[COUNTED] = _counts(frame, where)
     for name in (*_INTEGERS, *SCORES, "label_share"):
         values = pd.to_numeric(frame[name], errors="coerce").astype(float)
         bad = values.isna() | ((values < 0) if name in _INTEGERS else ~values.between(0, 1 + 1e-9))
@@ -101,6 +109,19 @@ def check_results(frame: pd.DataFrame, where: str = "results") -> pd.DataFrame:
         first = "; ".join(", ".join(f"{k}={v}" for k, v in line.items()) for line in named.head(3).to_dict("records"))
         raise ResultsError(f"{where}: {len(named)} result(s) occur more than once: {first}; keep one of each")
     return frame
+
+
+def _counts(frame: pd.DataFrame, where: str) -> pd.Series:
+    """Return the annotated nuclei as whole numbers, <NA> where they were not counted."""
+    given = frame[COUNTED].notna() & (frame[COUNTED].astype(str) != "")
+    values = pd.to_numeric(frame[COUNTED], errors="coerce").astype(float)
+    bad = given & (values.isna() | (values < 0) | (values != values.round()))
+    if bad.any():
+        line = frame.loc[bad].iloc[0]
+        raise ResultsError(
+            f"{where}: {COUNTED} is {line[COUNTED]!r} for image {line['image_id']}, run {line['run_id']}"
+        )
+    return values.astype("Int64")  # which has a missing value, and is written without a decimal point
 
 
 def _columns(frame: pd.DataFrame, expected: tuple[str, ...], where: str) -> pd.DataFrame:

@@ -42,6 +42,21 @@ def test_an_experiment_gives_one_line_per_test_image_and_reported_round(rows, da
     assert rows["label_share"].between(0, 1, inclusive="neither").all()
 
 
+def test_a_nucleus_counts_as_annotated_once_however_many_patches_touch_it(pipeline, ours, rows, dataset, monkeypatch):
+    def touched(patches):
+        marked = {sample.id: np.zeros(sample.shape, bool) for sample in dataset.train}
+        for patch in patches:
+            marked[patch.image_id][patch.slices] = True
+        return sum(len(set(s.labels[marked[s.id]].tolist()) - {0}) for s in dataset.train)
+
+    selection = pipeline.selection(ours)
+    assert set(rows["label_nuclei"]) == {touched(selection.patches)}
+    first = selection.patches[0]
+    beside = replace(first, col=first.col + 7 if first.col < 8 else first.col - 7)
+    monkeypatch.setattr(pipeline, "selection", lambda _: replace(selection, patches=(first, beside)))
+    assert set(pipeline.run(ours)["label_nuclei"]) == {touched([first, beside])}
+
+
 def test_every_reported_run_is_described(pipeline, ours, rows):
     runs = pipeline.runs(ours)
     assert list(runs.columns) == list(RUN_COLUMNS)
@@ -126,6 +141,7 @@ def test_full_supervision_sees_every_label_and_needs_no_selection(pipeline, data
     full = replace(ours, selection="all", k1=0, k2=0, augmentation="naive", rounds=0)
     rows = pipeline.run(full)
     assert set(rows["label_share"]) == {1.0}
+    assert set(rows["label_nuclei"]) == {sum(sample.labels.max() for sample in dataset.train)}
     assert len(pipeline._pairs(full, after=0)["real"]) == len(dataset.train)
 
 

@@ -26,7 +26,7 @@ def made_up(seed=1, images=("01", "02"), **changes):
             **{"augmentation": "naive", "segmenter": "hoverlite", "encoder": "lite0", "rounds": 0, "seed": seed},
             **{"supervision": "patches", "round": 0, "best": 1, "image_id": image, "organ": "NA", "seen": 1},
             **dict.fromkeys(("dice", "aji", "aji_plus", "dq", "sq", "pq", "f1"), 0.25 + 0.125 * number),
-            **{"label_share": 0.05, "n_true": 10, "n_pred": 9, "run_id": "00000000"},
+            **{"label_share": 0.05, "label_nuclei": 120, "n_true": 10, "n_pred": 9, "run_id": "00000000"},
         }
         lines.append({**line, **changes})
     return pd.DataFrame(lines)
@@ -53,6 +53,23 @@ def test_columns_are_strict():
 def test_an_impossible_number_is_an_error_that_names_the_image_and_the_run(name, value):
     with pytest.raises(ResultsError, match=f"{name} is .* for image 01, run 00000000"):
         check_results(made_up(**{name: value}))
+
+
+def test_nuclei_may_be_uncounted_and_stay_so_through_a_file(tmp_path):
+    old = made_up(1).drop(columns="label_nuclei")
+    merged = merge_results([old, made_up(2), made_up(3, label_nuclei="")])
+    assert merged["label_nuclei"].isna().tolist() == [True, True, False, False, True, True]
+    merged.to_csv(tmp_path / "results.csv", index=False)
+    text = (tmp_path / "results.csv").read_text().splitlines()
+    assert ",0.05,,0.25," in text[1]  # empty, not 0
+    assert ",0.05,120,0.25," in text[3]  # and no 120.0
+    pd.testing.assert_frame_equal(read_results(tmp_path / "results.csv"), merged)
+
+
+@pytest.mark.parametrize("value", ["many", -1, 2.5])
+def test_an_impossible_count_of_nuclei_is_an_error(value):
+    with pytest.raises(ResultsError, match=r"label_nuclei is .* for image 01, run 00000000"):
+        check_results(made_up(label_nuclei=value))
 
 
 def test_merging_is_concatenation():
