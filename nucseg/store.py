@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -67,11 +68,33 @@ class Result:
         return self.key[:8]
 
 
+class OutOfTime(Exception):
+    """The time is up and another stage would have to be made; all that was made is kept, and the next start goes on."""
+
+
 class Store:
-    """The results folder of one profile."""
+    """The results folder of one profile.
+
+    Attributes
+    ----------
+    root
+        The folder.
+    deadline
+        Seconds since the epoch; after it no stage is begun any more, `get` raises `OutOfTime` instead.
+    """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        self.deadline = math.inf
+
+    @contextlib.contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """Begin no stage after `deadline` inside this block; ``-math.inf`` only looks up what is there."""
+        before, self.deadline = self.deadline, deadline
+        try:
+            yield
+        finally:
+            self.deadline = before
 
     def get(
         self,
@@ -95,16 +118,23 @@ class Store:
             Keys of the results (or fingerprints of the data) that `make` reads.
         code
             Names of the modules whose code makes the result.
+
+        Raises
+        ------
+        OutOfTime
+            If it would have to be made and `deadline` has passed.
         """
         record = {"stage": stage, "config": to_plain(config), "inputs": list(inputs), "code": code_version(*code)}
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
         place = self.root / stage / key
         if found := self._read(place):
             return found
+        self._check_time(stage)
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked(place.parent / f".{key}.lock"):
             if found := self._read(place):  # another process made it while this one waited
                 return found
+            self._check_time(stage)
             for left_over in place.parent.glob(f".{key}.*.part"):  # of a killed run: we hold the lock
                 shutil.rmtree(left_over)
             part = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".part", dir=place.parent))
@@ -126,6 +156,10 @@ class Store:
                 raise
         return Result(place, key, meta)
 
+    def _check_time(self, stage: str) -> None:
+        if time.time() > self.deadline:
+            raise OutOfTime(stage)
+
     def _read(self, place: Path) -> Result | None:
         try:
             return Result(place, place.name, json.loads((place / "meta.json").read_text()))
@@ -146,6 +180,43 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def claimed(path: Path, text: str) -> Iterator[bool]:
+    """Hold a file and write in it who holds it, unless somebody else does; yields whether it is ours.
+
+    As with `locked`, the holder's death drops it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:  # "w" would erase what another holder wrote
+        for attempt in range(4):  # `holder` looks for a moment only: one that looks is not one that holds
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 3:
+                    yield False
+                    return
+                time.sleep(0.02)
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+        yield True
+
+
+def holder(path: Path) -> str | None:
+    """Return what the holder of a claimed file wrote in it, None if nobody holds it."""
+    try:
+        file = open(path)
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read()
+    return None
 
 
 def write_text(path: str | Path, text: str) -> None:

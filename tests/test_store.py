@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nucseg.store import Store, code_version, home, write_text
+from nucseg.store import OutOfTime, Store, claimed, code_version, holder, home, write_text
 
 
 def make_text(text):
@@ -119,3 +119,41 @@ def test_text_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": 1}
     assert os.listdir(tmp_path / "new") == ["a.json"]
     assert time.time() - (tmp_path / "new" / "a.json").stat().st_mtime < 60
+
+
+def test_after_the_deadline_what_is_there_is_found_and_nothing_is_begun(tmp_path):
+    store = Store(tmp_path)
+    first = store.get("a", {}, make_text("a"))
+    with store.until(time.time() - 1):
+        assert store.get("a", {}, fail).key == first.key
+        with pytest.raises(OutOfTime, match="b"):
+            store.get("b", {}, fail, [first.key])
+    assert not (tmp_path / "b").exists()
+    assert store.get("b", {}, make_text("b"), [first.key]).meta["note"] == "b"
+
+
+def test_a_claim_is_seen_by_others_and_falls_with_its_holder(tmp_path):
+    path = tmp_path / "running" / "a.json"
+    assert holder(path) is None
+    script = textwrap.dedent(f"""
+        import time
+        from pathlib import Path
+        from nucseg.store import claimed
+        with claimed(Path({str(path)!r}), "first") as ours:
+            print(ours, flush=True)
+            time.sleep(60)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "True\n"
+    assert holder(path) == "first"
+    with claimed(path, "second") as ours:
+        assert not ours
+    assert holder(path) == "first"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert holder(path) is None
+    with claimed(path, "second") as ours:
+        assert ours
+        assert holder(path) == "second"
+    assert holder(path) is None
