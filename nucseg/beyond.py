@@ -1,35 +1,168 @@
-"""Beyond the paper, "Table S": every selection strategy on the same budget, the same augmentation, several seeds.
+"""Beyond the paper: every selection strategy on the same footing, on one budget (Table S) and on several (Table B).
 
 The paper compares selections with CSinGAN behind them and one seed each. Here nothing stands between the choice and the
-segmenter but the naive augmentation, and every strategy, the random ones included, runs over the same four seeds: the
-question "does it matter which patches are annotated?" on its own.
+segmenter but the naive augmentation, and every strategy, the random ones included, runs over the same seeds: the
+question "does it matter which patches are annotated?" on its own. Table B asks it for several budgets, counted in
+pixels and in nuclei, because a patch full of nuclei costs a pathologist more than an empty one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
+from nucseg.config import nearest
 from nucseg.data.tissue import SYNTHETIC_NOTE
-from nucseg.experiments import Experiment, GridSettings
-from nucseg.results import check_results
+from nucseg.experiments import Experiment, GridSettings, grid
+from nucseg.results import COUNTED, EXPERIMENT, ResultsError, check_results
 from nucseg.selection import STRATEGIES
 from nucseg.stats import holm, paired_tests
-from nucseg.tables import Table
+from nucseg.tables import Table, one_profile
 
-TABLE = "S"
+TABLE, BUDGET = "S", "B"
 REFERENCE = "random-crop"
+_ARM = ["selection", "k1"]
+
+
+def experiments(
+    tables: Iterable[str], dataset: str, settings: GridSettings, images: int | None = None
+) -> tuple[Experiment, ...]:
+    """Return the distinct experiments of tables ``"I"`` to ``"VI"``, ``"S"`` and ``"B"``, each once.
+
+    `images` is the number of training images, where it is known: as `budget_experiments`.
+    """
+    tables = list(tables)
+    wanted = list(grid(dataset, settings, [table for table in tables if table not in (TABLE, BUDGET)]))
+    wanted += strategy_experiments(dataset, settings) if TABLE in tables else ()
+    wanted += budget_experiments(dataset, settings, images) if BUDGET in tables else ()
+    return tuple(dict.fromkeys(wanted))
 
 
 def strategy_experiments(dataset: str, settings: GridSettings) -> tuple[Experiment, ...]:
     """Return one experiment per strategy and seed of the random baselines, without pseudo labels."""
+    return _arms(dataset, settings, STRATEGIES, [_k1(dataset, settings)])
+
+
+def budget_experiments(dataset: str, settings: GridSettings, images: int | None = None) -> tuple[Experiment, ...]:
+    """Return the experiments of the label-budget curve: strategies, budgets and seeds, and full supervision.
+
+    Parameters
+    ----------
+    dataset, settings
+        What to run on, and the profile's grid with `budget_grid` and `budget_strategies`.
+    images
+        Number of training images: a centre crop is one per image, so larger budgets of ``random-centre-crop`` cannot
+        be, and are left out. None: nothing is left out.
+
+    Raises
+    ------
+    ValueError
+        For an unknown strategy, or a dataset that `settings.k1` does not know.
+    """
+    k1 = _k1(dataset, settings)
+    budgets = sorted({max(1, int(k1 * part + 0.5)) for part in settings.budget_grid})
+    planned = _arms(dataset, settings, _strategies(settings), budgets)
+    most = np.inf if images is None else images
+    planned = tuple(e for e in planned if e.selection != "random-centre-crop" or e.k1 <= most)
+    segmenter = planned[0].segmenter
+    return planned + tuple(Experiment(dataset, "all", 0, 0, "naive", segmenter, 0, seed) for seed in settings.seeds)
+
+
+def _arms(
+    dataset: str, settings: GridSettings, strategies: Iterable[str], budgets: Sequence[int]
+) -> tuple[Experiment, ...]:
     segmenter = settings.substitutes.get("maskrcnn", "maskrcnn")
-    k1, k2 = settings.k1[dataset], settings.k2
     return tuple(
-        Experiment(dataset, strategy, k1, k2, "naive", segmenter, 0, seed)
-        for strategy in STRATEGIES
+        Experiment(dataset, strategy, k1, settings.k2, "naive", segmenter, 0, seed)
+        for strategy in strategies
+        for k1 in budgets
         for seed in settings.random_seeds
     )
+
+
+def _k1(dataset: str, settings: GridSettings) -> int:
+    if dataset not in settings.k1:
+        raise ValueError(f"k1: no K1 for dataset {dataset!r}, only for {', '.join(sorted(settings.k1))}; add one")
+    return settings.k1[dataset]
+
+
+def _strategies(settings: GridSettings) -> tuple[str, ...]:
+    if "*" in settings.budget_strategies:
+        return tuple(STRATEGIES)
+    for name in settings.budget_strategies:
+        if name not in STRATEGIES:
+            raise ValueError(f"budget_strategies: unknown name {name!r}; {nearest(name, STRATEGIES)}")
+    return tuple(name for name in STRATEGIES if name in settings.budget_strategies or name == REFERENCE)
+
+
+# -- what was measured -----------------------------------------------------------------------------------------
+
+
+def _lines(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
+    """Return the lines of all strategies and of full supervision: naive augmentation, no pseudo labels, any seed."""
+    lines = check_results(results)
+    lines = lines[lines["dataset"] == dataset]
+    one_profile(lines)
+    images = set(lines["image_id"])
+    sought = strategy_experiments(dataset, settings)[0]
+    for column, value in {"augmentation": "naive", "segmenter": sought.segmenter, "rounds": 0}.items():
+        lines = lines[lines[column] == value]
+    chosen = lines["selection"].isin(STRATEGIES) & (lines["k2"] == settings.k2)
+    lines = lines[chosen | (lines["selection"] == "all")]
+    for (selection, k1, seed), group in lines.groupby([*_ARM, "seed"]):
+        what = f"{selection}, K1 = {k1}, seed {seed}"
+        if group["image_id"].duplicated().any():
+            encoders = ", ".join(sorted(group["encoder"].unique()))
+            raise ResultsError(f"{what}: results twice, with the encoders {encoders}; a table shows one")
+        if lack := sorted(images - set(group["image_id"])):
+            raise ResultsError(f"{what}: no result for image(s) {', '.join(lack[:3])}; run it to its end")
+    return lines
+
+
+def _frame(lines: pd.DataFrame, table: str, settings: GridSettings) -> pd.DataFrame:
+    """Return one line per strategy and budget, compared with random crops of the same budget, image by image."""
+    lines = lines.assign(nuclei=lines[COUNTED].astype(float))
+    by_image = {arm: group.groupby("image_id")["aji"].mean() for arm, group in lines.groupby(_ARM)}
+    rows = []
+    for (name, k1), group in lines.groupby(_ARM):
+        seeds = group.groupby("seed")[["aji", "aji_plus", "dice", "pq", "f1", "label_share", "nuclei"]].mean()
+        planned = settings.seeds if name == "all" else settings.random_seeds
+        if table == TABLE:
+            title, key = name, name
+        else:
+            title = "all labels" if name == "all" else f"{name}, K1 = {k1}"
+            key = name if name == "all" else f"{name}-{k1}"
+        row = {
+            "row": title,
+            "id": f"{table}.{key}",
+            "status": "run" if len(seeds) >= len(planned) else f"{len(seeds)} seed(s)",
+            "ours AJI": seeds["aji"].mean(),
+            "ours AJI sd": seeds["aji"].std() if len(seeds) > 1 else np.nan,
+            "ours AJI+": seeds["aji_plus"].mean(),
+            "ours Dice": seeds["dice"].mean(),
+            "ours PQ": seeds["pq"].mean(),
+            "ours F1": seeds["f1"].mean(),
+            "ours label share": seeds["label_share"].mean(),
+            "ours label nuclei": seeds["nuclei"].mean() if seeds["nuclei"].notna().all() else np.nan,
+            "images": group["image_id"].nunique(),
+            "seeds": len(seeds),
+            "runs": " ".join(sorted({run[:8] for run in group["run_id"]})),
+        }
+        if name not in (REFERENCE, "all") and (REFERENCE, k1) in by_image:
+            a, b = by_image[name, k1], by_image[REFERENCE, k1]
+            tests = paired_tests(a.to_numpy(), b.to_numpy(), list(a.index), list(b.index))
+            row |= {"mean difference": tests.mean_difference, "CI low": tests.ci_low, "CI high": tests.ci_high}
+            row |= {"t p": tests.t_p, "Wilcoxon p": tests.wilcoxon_p}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    for column in ("t p", "Wilcoxon p"):
+        if column in frame:
+            frame[f"{column} Holm"] = holm(frame[column])
+    return frame
 
 
 def strategy_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
@@ -48,58 +181,126 @@ def strategy_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) 
         One line per strategy, best first, with the columns of the other tables: scores are means over images, then
         seeds; the mean difference is to random crops, with a 95 % bootstrap interval over images, paired t and
         Wilcoxon P, and these corrected by Holm's method. Seeds are averaged per image before testing.
+
+    Raises
+    ------
+    ResultsError
+        If the results hold several profiles, an experiment twice (two encoders), or with other images than the rest.
     """
-    sought = strategy_experiments(dataset, settings)[0]
-    same = {"dataset": dataset, "k1": sought.k1, "augmentation": "naive", "segmenter": sought.segmenter, "rounds": 0}
-    lines = check_results(results)
-    for column, value in same.items():
-        lines = lines[lines[column] == value]
-    lines = lines[lines["selection"].isin(STRATEGIES) & (lines["k2"] == sought.k2)]
-    by_image = {name: group.groupby("image_id")["aji"].mean() for name, group in lines.groupby("selection")}
-    rows = []
-    for name, group in lines.groupby("selection"):
-        seeds = group.groupby("seed")[["aji", "dice", "pq", "label_share"]].mean()
-        row = {
-            "row": name,
-            "id": f"{TABLE}.{name}",
-            "status": "run" if len(seeds) >= len(settings.random_seeds) else f"{len(seeds)} seed(s)",
-            "ours AJI": seeds["aji"].mean(),
-            "ours AJI sd": seeds["aji"].std() if len(seeds) > 1 else np.nan,
-            "ours Dice": seeds["dice"].mean(),
-            "ours PQ": seeds["pq"].mean(),
-            "ours label share": seeds["label_share"].mean(),
-            "images": group["image_id"].nunique(),
-            "seeds": len(seeds),
-        }
-        if name != REFERENCE and REFERENCE in by_image:
-            a, b = by_image[name].align(by_image[REFERENCE], join="inner")
-            tests = paired_tests(a.to_numpy(), b.to_numpy())
-            row |= {"mean difference": tests.mean_difference, "CI low": tests.ci_low, "CI high": tests.ci_high}
-            row |= {"t p": tests.t_p, "Wilcoxon p": tests.wilcoxon_p}
-        rows.append(row)
-    frame = pd.DataFrame(rows)
+    lines = _lines(results, dataset, settings)
+    frame = _frame(lines[lines["k1"] == _k1(dataset, settings)], TABLE, settings)
+    return frame.sort_values("ours AJI", ascending=False, ignore_index=True) if len(frame) else frame
+
+
+def budget_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
+    """Compare the strategies with random crops of the same budget, for every budget that has been run.
+
+    One line per strategy and K1, strategies in the order of their best AJI, then full supervision; columns and errors
+    are those of `strategy_frame`, and P-values are corrected over the whole table.
+    """
+    lines = _lines(results, dataset, settings)
+    frame = _frame(lines, BUDGET, settings)
     if not len(frame):
         return frame
-    for column in ("t p", "Wilcoxon p"):
-        if column in frame:
-            frame[f"{column} Holm"] = holm(frame[column])
-    return frame.sort_values("ours AJI", ascending=False, ignore_index=True)
+    arms = pd.DataFrame(list(lines.groupby(_ARM).groups), columns=_ARM)
+    best = -frame["ours AJI"].groupby(arms["selection"]).transform("max")
+    order = pd.DataFrame({"last": arms["selection"] == "all", "best": best, **arms}).sort_values(
+        ["last", "best", *_ARM]
+    )
+    return frame.loc[order.index].reset_index(drop=True)
+
+
+class BudgetCurve(NamedTuple):
+    """Scores against what was annotated.
+
+    Attributes
+    ----------
+    against
+        ``"label_share"`` (part of the training pixels) or ``"label_nuclei"``.
+    points
+        One line per strategy and budget: selection, k1, ``x`` (mean over seeds), ``mean`` (over images, then seeds),
+        ``low`` and ``high`` (worst and best seed), ``sd`` over seeds, ``seeds``.
+    full
+        Mean, worst and best seed of full supervision; NaN where it was not run.
+    images
+        Test images behind each mean.
+    left_out
+        Experiments without a place on the x axis, because their nuclei were not counted.
+    """
+
+    against: str
+    points: pd.DataFrame
+    full: tuple[float, float, float]
+    images: int
+    left_out: int
+
+
+def budget_curve(
+    results: pd.DataFrame, dataset: str, settings: GridSettings, against: str = "label_share", metric: str = "aji"
+) -> BudgetCurve:
+    """Return a score against annotated pixels or nuclei, for every strategy; errors are those of `strategy_frame`."""
+    lines = _lines(results, dataset, settings)
+    seeds = lines.assign(x=lines[against].astype(float)).groupby([*_ARM, "seed"], as_index=False)
+    seeds = seeds.agg(x=("x", "mean"), score=(metric, "mean"))
+    full = seeds.loc[seeds["selection"] == "all", "score"]
+    chosen = seeds[seeds["selection"] != "all"]
+    shown = chosen.dropna(subset="x")
+    points = shown.groupby(_ARM, as_index=False).agg(
+        x=("x", "mean"),
+        mean=("score", "mean"),
+        low=("score", "min"),
+        high=("score", "max"),
+        sd=("score", "std"),
+        seeds=("seed", "nunique"),
+    )
+    return BudgetCurve(
+        against, points, (full.mean(), full.min(), full.max()), lines["image_id"].nunique(), len(chosen) - len(shown)
+    )
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
 
 
 def strategy_table(results: pd.DataFrame, dataset: str, settings: GridSettings) -> Table | None:
     """Return Table S, or None where no strategy has been run."""
     frame = strategy_frame(results, dataset, settings)
-    if frame.empty:
+    title = "Every selection strategy on the same budget, naive augmentation"
+    return _table(TABLE, title, frame, results, dataset, settings)
+
+
+def budget_table(results: pd.DataFrame, dataset: str, settings: GridSettings) -> Table | None:
+    """Return Table B, or None where no strategy has been run."""
+    frame = budget_frame(results, dataset, settings)
+    if not len(frame) or set(frame["id"]) == {f"{BUDGET}.all"}:
+        return None
+    planned, found = budget_experiments(dataset, settings), check_results(results)
+    done = set(found[list(EXPERIMENT)].itertuples(index=False, name=None))
+    count = sum(astuple(e) in done for e in planned)
+    note = f"{count} of {len(planned)} planned experiments were run (centre crops: one per training image at most)."
+    return _table(BUDGET, "Every selection strategy on several budgets", frame, results, dataset, settings, note)
+
+
+def _table(
+    number: str,
+    title: str,
+    frame: pd.DataFrame,
+    results: pd.DataFrame,
+    dataset: str,
+    settings: GridSettings,
+    *more: str,
+) -> Table | None:
+    if not len(frame):
         return None
     used = results[results["dataset"] == dataset]
     notes = [
         f"Profile {used['profile'].iloc[0]}; data version {used['fingerprint'].iloc[0]}; encoder "
         f"{used['encoder'].iloc[0]}; segmenter {strategy_experiments(dataset, settings)[0].segmenter}, naive "
         "augmentation, no synthesis and no pseudo labels. Not in the paper.",
-        "Difference to random crops, paired by test image, seeds averaged first; a row with fewer seeds than the "
-        "others says less than its P suggests, because the choice of patches varies more between seeds than images do.",
+        "Difference to random crops of the same K1, paired by test image, seeds averaged first; a row with fewer seeds "
+        "than the others says less than its P suggests, because the choice of patches varies more between seeds than "
+        "images do.",
+        *more,
     ]
     if dataset == "tissue":
         notes.insert(0, f"SYNTHETIC DATA. {SYNTHETIC_NOTE}")
-    title = "Every selection strategy on the same budget, naive augmentation"
-    return Table(TABLE, dataset, used["profile"].iloc[0], title, frame, tuple(notes))
+    return Table(number, dataset, used["profile"].iloc[0], title, frame, tuple(notes))

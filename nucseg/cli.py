@@ -24,7 +24,10 @@ DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
 TableOption = Annotated[
-    list[str] | None, typer.Option("--table", "-t", help="I to VI or 1 to 6, S: all selection strategies; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--table", "-t", help="I to VI or 1 to 6; S: all selection strategies; B: on more budgets; repeatable."
+    ),
 ]
 
 
@@ -245,8 +248,8 @@ def _tables(names: list[str] | None) -> tuple[str, ...]:
     chosen = []
     for name in names or ROMAN:
         roman = ROMAN[int(name) - 1] if name in {"1", "2", "3", "4", "5", "6"} else name.upper()
-        if roman not in (*ROMAN, "S"):
-            raise ConfigError(f"no table {name!r}; the paper has I to VI, and S compares all selection strategies")
+        if roman not in (*ROMAN, "S", "B"):
+            raise ConfigError(f"no table {name!r}; the paper has I to VI, S compares all strategies, B their budgets")
         chosen.append(roman)
     return tuple(dict.fromkeys(chosen))
 

@@ -143,6 +143,10 @@ class GridSettings:
         Keys of the rows to run by table; ``("*",)`` for all. A table left out is not run.
     k1_grid
         Table VI's three values of K1 as parts of the dataset's own: 6/9, 9/9 and 12/9 in the paper.
+    budget_grid
+        Budgets of the label-budget curve (Table B, not in the paper), as parts of the dataset's K1.
+    budget_strategies
+        Selection strategies of the curve, ``("*",)`` for all. Random crops are always among them, to compare with.
     """
 
     k1: dict[str, int] = field(default_factory=lambda: {"kumar": 9, "tnbc": 6, "monuseg": 18})
@@ -154,6 +158,8 @@ class GridSettings:
     keep: tuple[str, ...] = ()
     rows: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(TABLES, ("*",)))
     k1_grid: tuple[float, ...] = (6 / 9, 1.0, 12 / 9)
+    budget_grid: tuple[float, ...] = (1 / 3, 2 / 3, 1.0, 4 / 3, 2.0)
+    budget_strategies: tuple[str, ...] = ("*",)
 
     def __post_init__(self):
         for dataset, k1 in self.k1.items():
@@ -177,6 +183,8 @@ class GridSettings:
             _known("keep", name, [row.id for table in TABLES for row in rows(table)])
         if len(self.k1_grid) != 3 or min(self.k1_grid) <= 0 or self.k1_grid[1] != 1:
             raise ValueError(f"k1_grid: expected three positive parts of K1, the middle one 1, got {self.k1_grid}")
+        if not self.budget_grid or min(self.budget_grid) <= 0:
+            raise ValueError(f"budget_grid: expected positive parts of K1, got {self.budget_grid}")
 
     def runs(self, row: Row) -> bool:
         """Say whether this profile runs a row."""

@@ -20,7 +20,7 @@ import pandas as pd
 
 from nucseg import beyond, metrics
 from nucseg.config import to_plain
-from nucseg.experiments import FIGURE_7, TABLES, Experiment, experiments_of, grid, row
+from nucseg.experiments import FIGURE_7, TABLES, Experiment, experiments_of, row
 from nucseg.figures.segmentation import Row
 from nucseg.models import REGISTRY
 from nucseg.pipeline import Pipeline
@@ -39,7 +39,8 @@ class Plan:
     profile, dataset, data_root, device
         As for `nucseg.pipeline.Pipeline`.
     tables
-        ``"I"`` to ``"VI"``, all of these by default, and ``"S"``: every selection strategy on one budget.
+        ``"I"`` to ``"VI"``, all of these by default, and ``"S"`` and ``"B"``: every selection strategy on one budget,
+        and on several.
     """
 
     def __init__(
@@ -53,9 +54,7 @@ class Plan:
         self.arguments = (str(profile), dataset, data_root, device)
         self.pipeline = Pipeline(*self.arguments)
         name, settings = self.pipeline.dataset.name, self.pipeline.profile.grid
-        wanted = grid(name, settings, [table for table in tables if table != beyond.TABLE])
-        if beyond.TABLE in tables:
-            wanted = tuple(dict.fromkeys((*wanted, *beyond.strategy_experiments(name, settings))))
+        wanted = beyond.experiments(tables, name, settings, len(self.pipeline.dataset.train))
         self.without_model = tuple(e for e in wanted if e.segmenter not in REGISTRY)
         self.experiments = tuple(e for e in wanted if e.segmenter in REGISTRY)
 

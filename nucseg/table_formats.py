@@ -33,39 +33,51 @@ def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
     """Return the heading and the cells of a table, numbers rounded, mean and spread in one cell."""
     frame = frame.dropna(axis="columns", how="all") if len(frame) else frame
     columns = [name for name in frame if not _joined(name, frame)]
-    settings = ("label share", "K1", "K2")  # known without a run
-    first = next((name for name in columns if name.startswith("ours") and not name.endswith(settings)), None)
+    first = _first_of_ours(columns, "ours ")
+    owners = {name: _first_of_ours(columns, f"ours {name[:-7]} ") for name in frame if name.endswith(" status")}
     header = [_heading(name) for name in columns]
     if first is None:  # nothing was run: say so all the same
         header.insert(1, "ours")
     body = []
     for _, line in frame.iterrows():
         made = [_cell(name, line) for name in columns]
-        why = "" if line["status"] == "run" else str(line["status"])
         if first is None:
-            made.insert(1, Cell(why, "not-run"))
-        elif why:
-            at = columns.index(first)
-            text = f"{made[at].text} ({why})" if made[at].text else why
-            made[at] = Cell(text, made[at].mark or "not-run")
+            made.insert(1, Cell(_why(line["status"]), "not-run"))
+        for status, column in (owners or {"status": first}).items():
+            why = _why(line[status])
+            if why and column is not None:
+                at = columns.index(column)
+                text = f"{made[at].text} ({why})" if made[at].text else why
+                made[at] = Cell(text, made[at].mark or "not-run")
         body.append(made)
     return header, body
 
 
+def _first_of_ours(columns: Sequence[str], beginning: str) -> str | None:
+    """Return the first column of ours that is known by a run alone: there it is said why there was none."""
+    settings = ("label share", "label nuclei", "K1", "K2")
+    return next((name for name in columns if name.startswith(beginning) and not name.endswith(settings)), None)
+
+
+def _why(status: object) -> str:
+    return "" if status == "run" else str(status)
+
+
 def _joined(name: str, frame: pd.DataFrame) -> bool:
     """Say whether a column is shown inside another one, or not at all."""
-    if name in HIDDEN:
+    if name in HIDDEN or name.endswith(" status"):
         return True
     ending = name.rsplit(" ", 1)
     return len(ending) == 2 and ending[1] in ("sd", "rank", "Holm") and ending[0] in frame.columns
 
 
 def _heading(name: str) -> str:
+    if name.endswith("Wilcoxon p"):
+        return f"{name} (Holm)"
     return {
         "row": "",
         "mean difference": "AJI − reference [95 % CI]",
         "t p": "paired t p (Holm)",
-        "Wilcoxon p": "Wilcoxon p (Holm)",
         "effect size": "effect size d",
     }.get(name, name)
 
@@ -78,12 +90,14 @@ def _cell(name: str, line: pd.Series) -> Cell:
         return Cell("")
     if name == "mean difference":
         return Cell(f"{_signed(value)} [{_signed(line.get('CI low'))}, {_signed(line.get('CI high'))}]")
-    if name in ("t p", "Wilcoxon p"):
+    if name.endswith(("t p", "Wilcoxon p")):
         return Cell(f"{value:.2g} ({line[f'{name} Holm']:.2g})")
     if name.endswith(" P"):
         return Cell(f"{value:.2e}")
-    if name in ("images", "seeds", "ours K1", "ours K2"):
+    if name.endswith(("images", "seeds", "ours K1", "ours K2")):
         return Cell(f"{int(value)}")
+    if name.endswith("label nuclei"):
+        return Cell(f"{value:,.0f}")
     if name.endswith("label share"):
         return Cell(f"~{value:.0%}" if name.startswith("paper") else f"{value:.2%}")
     if name == "effect size":

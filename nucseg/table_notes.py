@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 from scipy import stats
@@ -85,6 +85,31 @@ def notes(
     found += [f"Rows marked [run with {new}] use {new} in place of the paper's {old}." for old, new in replaced]
     found += _same_runs(measured)
     return tuple(found)
+
+
+def notes_of_all(
+    results: pd.DataFrame, found: Sequence[str], missing: Sequence[str], named: Callable[[str], str]
+) -> tuple[str, ...]:
+    """Return the paragraphs under Table IV of all datasets: those `found` have results, those `missing` have none."""
+    made = []
+    if "tissue" in found:
+        made.append(f"SYNTHETIC DATA in the columns headed tissue. {SYNTHETIC_NOTE}")
+    for dataset in found:
+        lines = results[results["dataset"] == dataset]
+        first = lines.drop_duplicates("image_id")
+        made.append(
+            f"{named(dataset)}: data version {_all(lines['fingerprint'])}; {len(first)} test images with "
+            f"{first['n_true'].sum():,} nuclei; encoder {_all(lines['encoder'])}."
+        )
+    if missing:
+        made.append(f"No results in this profile: {', '.join(missing)}.")
+    made.append(
+        "Ours: the mean over all test images for each seed, then mean ± standard deviation over seeds; models of the "
+        f"last pseudo-labelling round. Wilcoxon p: against {REFERENCES['IV']} on the same dataset, paired by test "
+        "image, in brackets after Holm's correction over the rows of that dataset. Each dataset's own Table IV says "
+        "more."
+    )
+    return (*made, *SLIPS["IV"])
 
 
 def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> str:

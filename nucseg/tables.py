@@ -17,7 +17,16 @@ import pandas as pd
 
 from nucseg import table_formats, table_notes
 from nucseg.experiments import SEGMENTERS, TABLES, Experiment, GridSettings, Row, experiments_of, rows
-from nucseg.results import EXPERIMENT, SCORES, ResultsError, check_results, empty_results, read_results, read_runs
+from nucseg.results import (
+    COUNTED,
+    EXPERIMENT,
+    SCORES,
+    ResultsError,
+    check_results,
+    empty_results,
+    read_results,
+    read_runs,
+)
 from nucseg.stats import effect_size, holm, paired_tests
 from nucseg.store import published, write_text
 
@@ -54,7 +63,7 @@ class Table:
     @property
     def caption(self) -> str:
         """The line above the table."""
-        return f"Table {self.number}. {self.title} ({DATASET_NAMES.get(self.dataset, self.dataset)}, {self.profile})"
+        return f"Table {self.number}. {self.title} ({named(self.dataset)}, {self.profile})"
 
     def _repr_html_(self) -> str:
         header, cells = table_formats.cells(self.frame)
@@ -62,22 +71,34 @@ class Table:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """What results.csv holds for one row."""
+class Measured:
+    """What results.csv holds for one row.
+
+    Attributes
+    ----------
+    row, label, segmenter
+        The printed row, its label with a substitute segmenter named, and the segmenter that it was run with.
+    planned, found
+        Its experiments, one per seed, and those with results.
+    lines, best
+        Their lines: of the last round, and of the round with the best validation AJI.
+    status
+        ``"run"``, how many seeds were run, or why there is nothing.
+    """
 
     row: Row
     label: str
     segmenter: str
     planned: tuple[Experiment, ...]
     found: tuple[Experiment, ...]
-    lines: pd.DataFrame  # the last round of every seed found
-    best: pd.DataFrame  # the round of best validation AJI of every seed found
+    lines: pd.DataFrame
+    best: pd.DataFrame
     status: str
 
     def mean(self, metric: str, lines: pd.DataFrame | None = None) -> tuple[float, float]:
         """Return mean and standard deviation over seeds of the mean over images; NaN where there is none."""
         lines = self.lines if lines is None else lines
-        if not len(lines):
+        if not len(lines) or lines[metric].isna().any():  # nuclei need not have been counted
             return np.nan, np.nan
         seeds = lines.groupby("seed")[metric].mean()
         return float(seeds.mean()), float(seeds.std(ddof=1)) if len(seeds) > 1 else np.nan
@@ -122,10 +143,8 @@ def make_table(
     """
     results = check_results(results)
     lines = results[results["dataset"] == dataset]
-    profiles = sorted(lines["profile"].unique())
-    if len(profiles) > 1:
-        raise ResultsError(f"results of several profiles, {', '.join(profiles)}: a table shows one")
-    measured = _measure(rows(table), lines, dataset, settings, reasons or {})
+    profile = one_profile(lines)
+    measured = measure(rows(table), lines, dataset, settings, reasons or {})
     source = _source(table, dataset)
     if table == "V":
         frame = pd.DataFrame(_organ_columns(measured, dataset, lines))
@@ -140,7 +159,7 @@ def make_table(
     frame["runs"] = [" ".join(sorted({run[:8] for run in one.lines["run_id"]})) for one in measured]
     used = pd.concat([one.lines for one in measured], ignore_index=True) if measured else lines
     notes = table_notes.notes(table, dataset, source, measured, used, runs)
-    return Table(table, dataset, profiles[0] if profiles else "no results", table_notes.TITLES[table], frame, notes)
+    return Table(table, dataset, profile, table_notes.TITLES[table], frame, notes)
 
 
 def make_tables(
@@ -211,29 +230,17 @@ def write_all(
     return tuple(path for table in made for path in write_table(table, folder, suffix))
 
 
-def budget_curve_frame(results: pd.DataFrame, metric: str = "aji") -> pd.DataFrame:
-    """Return a score against the share of annotated pixels, one line per strategy and budget.
+def one_profile(lines: pd.DataFrame) -> str:
+    """Return the profile that all lines are of, ``"no results"`` without any; a table never mixes two."""
+    profiles = sorted(lines["profile"].unique())
+    if len(profiles) > 1:
+        raise ResultsError(f"results of several profiles, {', '.join(profiles)}: a table shows one")
+    return profiles[0] if profiles else "no results"
 
-    Columns: dataset, selection, augmentation, segmenter, encoder, rounds, k1, k2, ``label_share`` (mean over seeds),
-    ``mean`` (over images, then seeds), ``low`` and ``high`` (lowest and highest seed), ``sd`` over seeds, ``seeds``,
-    ``images``. Models are those of the last round. Full supervision has the share 1.
-    """
-    results = check_results(results)
-    last = results[results["round"] == results["rounds"]]
-    same = ["dataset", "selection", "augmentation", "segmenter", "encoder", "rounds", "k1", "k2"]
-    seeds = last.groupby([*same, "seed"], as_index=False).agg(
-        label_share=("label_share", "mean"), score=(metric, "mean"), images=("image_id", "nunique")
-    )
-    curve = seeds.groupby(same, as_index=False).agg(
-        label_share=("label_share", "mean"),
-        mean=("score", "mean"),
-        low=("score", "min"),
-        high=("score", "max"),
-        sd=("score", "std"),
-        seeds=("seed", "nunique"),
-        images=("images", "max"),
-    )
-    return curve.sort_values([*same[:-2], "label_share"], ignore_index=True)
+
+def named(dataset: str) -> str:
+    """Return a dataset's name as it is printed."""
+    return {**DATASET_NAMES, "all": "all datasets"}.get(dataset, dataset)
 
 
 def _source(table: str, dataset: str) -> str:
@@ -246,9 +253,10 @@ def _paper(source: str, dataset: str) -> str:
     return "paper" if source == dataset else f"paper ({DATASET_NAMES[source]})"
 
 
-def _measure(
+def measure(
     table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings: GridSettings, reasons: Mapping[str, str]
-) -> list[_Measured]:
+) -> list[Measured]:
+    """Find what was measured for each row among the lines of one dataset; errors are those of `make_table`."""
     results = {Experiment(*key): group for key, group in lines.groupby(list(EXPERIMENT), sort=False)}
     images = set(lines["image_id"])
     made = []
@@ -275,7 +283,7 @@ def _measure(
             status = "run" if len(found) == len(planned) else f"{len(found)} of {len(planned)} seeds"
         none = lines.iloc[:0]
         made.append(
-            _Measured(
+            Measured(
                 row,
                 label,
                 segmenter,
@@ -289,13 +297,14 @@ def _measure(
     return made
 
 
-def _columns(one: _Measured, table: str, dataset: str, source: str) -> dict[str, object]:
+def _columns(one: Measured, table: str, dataset: str, source: str) -> dict[str, object]:
     paper, printed = _paper(source, dataset), one.row.paper[source]
     columns: dict[str, object] = {"row": one.label, "id": one.row.id, "status": one.status}
     if table == "VI":
         columns |= {"ours K1": one.planned[0].k1, "ours K2": one.planned[0].k2}
         columns[f"{paper} label share"] = printed["label_share"]
         columns["ours label share"] = one.mean("label_share")[0]
+        columns["ours label nuclei"] = one.mean(COUNTED)[0]
     metrics = ("aji_seen", "aji_unseen", "aji", "dice") if table == "III" else ("aji", "dice")
     for metric in metrics:
         name = METRIC_NAMES[metric]
@@ -311,10 +320,11 @@ def _columns(one: _Measured, table: str, dataset: str, source: str) -> dict[str,
     if table != "VI":
         columns["ours AJI best round"] = one.mean("aji", one.best)[0] if one.row.spec.plabel else np.nan
         columns["ours label share"] = one.mean("label_share")[0]
+        columns["ours label nuclei"] = one.mean(COUNTED)[0]
     return columns
 
 
-def _organ_columns(measured: list[_Measured], dataset: str, lines: pd.DataFrame) -> list[dict[str, object]]:
+def _organ_columns(measured: list[Measured], dataset: str, lines: pd.DataFrame) -> list[dict[str, object]]:
     """Table V: AJI by organ, the printed organs only where ours are the same (Kumar), and the spread over organs."""
     printed = list(measured[0].row.paper["kumar"]) if dataset == "kumar" else []
     here = sorted(set(lines["organ"]))
@@ -331,11 +341,12 @@ def _organ_columns(measured: list[_Measured], dataset: str, lines: pd.DataFrame)
             columns["paper spread"] = np.ptp(list(one.row.paper["kumar"].values()))
         columns["ours spread"] = np.ptp([mean for mean, _ in ours.values()]) if one.found else np.nan
         columns["ours AJI"], columns["ours AJI sd"] = one.mean("aji")
+        columns |= {"ours AJI+": one.mean("aji_plus")[0], "ours PQ": one.mean("pq")[0]}
         made.append(columns)
     return made
 
 
-def _with_tests(frame: pd.DataFrame, measured: list[_Measured], source: str, dataset: str) -> pd.DataFrame:
+def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, dataset: str) -> pd.DataFrame:
     """Add the comparison of each row with its reference; rows of different segmenters are compared in Table IV only."""
     if not any(one.row.reference for one in measured):
         return frame
@@ -344,12 +355,9 @@ def _with_tests(frame: pd.DataFrame, measured: list[_Measured], source: str, dat
     compared = [""] * len(measured)
     for i, one in enumerate(measured):
         other = by_key.get(one.row.reference or "")
-        if other is None or not one.found or not other.found or one.planned == other.planned:
+        if other is None or why_not_compared(one, other):
             continue
-        if one.row.table != "IV" and one.segmenter != other.segmenter:
-            continue
-        a, b = one.images(), other.images()
-        pair = (a.to_numpy(), b.to_numpy(), list(a.index), list(b.index))
+        pair = paired(one, other)
         test = paired_tests(*pair)
         compared[i] = other.label
         tests.loc[i, ["mean difference", "CI low", "CI high"]] = test[:3]
@@ -365,5 +373,25 @@ def _with_tests(frame: pd.DataFrame, measured: list[_Measured], source: str, dat
     return frame
 
 
+def why_not_compared(one: Measured, other: Measured) -> str:
+    """Return why a row is not compared with another one, nothing where it is."""
+    if not one.found:
+        return one.status
+    if not other.found:
+        return f"its reference: {other.status}"
+    if one.planned == other.planned:
+        return "the same runs as its reference"
+    if one.row.table != "IV" and one.segmenter != other.segmenter:
+        return "its reference was run with another segmenter"
+    return ""
+
+
+def paired(one: Measured, other: Measured) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    """Return two rows' AJI by image, seeds averaged, with the images' names: arguments of `paired_tests`."""
+    a, b = one.images(), other.images()
+    return a.to_numpy(), b.to_numpy(), list(a.index), list(b.index)
+
+
 def _ranks(values: pd.Series) -> pd.Series:
-    return values.rank(ascending=False, method="min")
+    # Dense: where two rows are the same run and share the first place, the next one is still the second best.
+    return values.rank(ascending=False, method="dense")

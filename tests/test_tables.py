@@ -16,7 +16,7 @@ from nucseg.experiments import TABLES, GridSettings, experiments_of, grid, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
 from nucseg.stats import holm, paired_tests
 from nucseg.table_notes import needed_t
-from nucseg.tables import NOT_IN_PROFILE, NOT_YET, budget_curve_frame, make_table, make_tables, write_all, write_table
+from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, write_all, write_table
 
 SETTINGS = GridSettings(k1={"kumar": 9, "tnbc": 6, "tissue": 3}, rounds=2, seeds=(1, 2), random_seeds=(21, 100))
 ORGANS = ("breast", "breast", "liver", "liver", "colon", "stomach")
@@ -427,25 +427,6 @@ def test_other_datasets_in_the_file_change_nothing(results):
     pd.testing.assert_frame_equal(
         make_table("I", both, "kumar", SETTINGS).frame, make_table("I", results, "kumar", SETTINGS).frame
     )
-
-
-def test_the_budget_curve_has_one_line_per_strategy_and_budget():
-    settings = dataclasses.replace(SETTINGS, random_seeds=(21, 100))
-    frames = []
-    for part in (0.5, 1.0):
-        for name in ("I.rndcrop", "I.cps"):
-            for e in experiments_of(row(name), "kumar", dataclasses.replace(settings, k1={"kumar": int(8 * part)})):
-                frames.append(lines_of(e, [0.2 * part + 0.001 * e.seed, 0.4 * part + 0.001 * e.seed]))
-    curve = budget_curve_frame(pd.concat(frames))
-    assert len(curve) == 4
-    found = curve[(curve["selection"] == "random-crop") & (curve["k1"] == 4)].iloc[0]
-    assert found["label_share"] == pytest.approx(4 * 0.0123)
-    assert found["low"] == pytest.approx(0.15 + 0.021)
-    assert found["high"] == pytest.approx(0.15 + 0.1)
-    assert found["mean"] == pytest.approx(0.15 + 0.0605)
-    assert (found["seeds"], found["images"]) == (2, 2)
-    assert list(curve[curve["selection"] == "cps"]["k1"]) == [4, 8]
-    assert budget_curve_frame(empty_results()).empty
 
 
 def test_the_made_up_results_are_valid(results):
