@@ -104,7 +104,8 @@ def augment(
     images
         In [0, 1].
     label_maps
-        Their label maps, same device. Labels move with the pixels (nearest neighbour) and keep their ids.
+        Their label maps, same device. Labels move with the pixels (nearest neighbour) and keep their ids, background 0
+        and unknown `nucseg.labels.IGNORE`.
     config
         What to change, and how much.
     generator
@@ -190,7 +191,7 @@ def _move(
         # Beyond the window nuclei appear a second time: another id, or their centroid would lie between the two.
         tile = 3 * tile_y.clamp(-1, 1) + tile_x.clamp(-1, 1)
         fresh = labels + torch.where(tile == 0, 0, tile + 5) * (label_maps.max() + 1)
-        labels = torch.where(labels > 0, fresh.to(labels.dtype), 0)
+        labels = torch.where(labels > 0, fresh.to(labels.dtype), labels)  # background and unknown stay
         grid = torch.stack(((2 * source_x + 1) / w - 1, (2 * source_y + 1) / h - 1), dim=-1)
         moved = F.grid_sample(
             images, grid.view(b, out_h, out_w, 2).to(images.dtype), padding_mode="reflection", align_corners=False

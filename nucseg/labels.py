@@ -2,14 +2,19 @@
 
 Ids need not be contiguous, and one id in several pieces is one nucleus (REFERENCE 4.5). A binary mask is not a
 label map: it would be one nucleus.
+
+Label maps to train on may also hold `IGNORE` where nobody knows what is there, as in a pseudo-labelled crop where the
+model was unsure: no loss looks at such a pixel. Truth, predictions and everything that is measured know every pixel.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+IGNORE = -1  # neither nucleus nor background: unknown
 
-def check_label_map(labels: np.ndarray, name: str = "labels") -> np.ndarray:
+
+def check_label_map(labels: np.ndarray, name: str = "labels", unknown: bool = False) -> np.ndarray:
     """Return `labels` unchanged if it is a label map, and say what is wrong with it otherwise.
 
     Parameters
@@ -18,6 +23,8 @@ def check_label_map(labels: np.ndarray, name: str = "labels") -> np.ndarray:
         Candidate label map, (H, W), any integer dtype, values >= 0.
     name
         The argument's name, for the message.
+    unknown
+        Whether `IGNORE` is allowed too.
 
     Raises
     ------
@@ -35,14 +42,16 @@ def check_label_map(labels: np.ndarray, name: str = "labels") -> np.ndarray:
         )
     if labels.ndim != 2:
         raise ValueError(f"{name}: a label map is 2-D, got shape {labels.shape}")
-    if labels.dtype.kind == "i" and labels.size and labels.min() < 0:
-        raise ValueError(f"{name}: ids must be >= 0, found {labels.min()}")
+    lowest = IGNORE if unknown else 0
+    if labels.dtype.kind == "i" and labels.size and labels.min() < lowest:
+        raise ValueError(f"{name}: ids must be >= {lowest}, found {labels.min()}")
     return labels
 
 
 def relabel(labels: np.ndarray) -> np.ndarray:
-    """Renumber the ids of a label map to 1..n in their order, background kept 0; (H, W) int32."""
-    check_label_map(labels)
+    """Renumber the ids of a label map to 1..n in their order, background and `IGNORE` kept; (H, W) int32."""
+    check_label_map(labels, unknown=True)
     values, inverse = np.unique(labels, return_inverse=True)
-    start = 0 if values.size and values[0] == 0 else 1
-    return (inverse.reshape(labels.shape) + start).astype(np.int32)
+    number = np.cumsum(values > 0, dtype=np.int32)
+    number[values < 0] = IGNORE
+    return number[inverse.reshape(labels.shape)]

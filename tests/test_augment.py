@@ -6,6 +6,7 @@ import torch
 from scipy import ndimage
 
 from nucseg.augment import AugmentConfig, augment
+from nucseg.labels import IGNORE
 
 STILL = {"rot90": False, "flip": False, "colour_probability": 0.0, "blur_probability": 0.0, "noise_probability": 0.0}
 
@@ -69,6 +70,20 @@ def test_labels_follow_the_image_under_rotation_and_scale():
         flat[[0, 1, -2, -1]] = flat[:, [0, 1, -2, -1]] = False  # the neighbour may lie outside
         np.testing.assert_allclose(image[0].numpy()[flat], label_map.numpy()[flat] / 28, atol=1e-4)
         assert (label_map > 0).sum() > 300
+
+
+def test_unknown_pixels_move_with_the_image_and_stay_unknown():
+    images, labels = batch(b=8, h=64, w=64)
+    labels = torch.where(labels < 20, IGNORE, torch.where(labels < 40, 0, 3)).to(torch.int32)
+    images = labels[:, None].expand(-1, 3, -1, -1).float().add(1) / 4
+    still = AugmentConfig(**STILL | {"rot90": True, "flip": True})
+    moved, moved_labels = augment(images, labels, still, generator())
+    assert torch.equal((moved[:, 0] * 4 - 1).round().int(), moved_labels)
+    config = AugmentConfig(**STILL | {"rotate": 180.0, "scale": (0.5, 0.6)})  # far beyond the window: mirrored
+    _, turned = augment(images, labels, config, generator())
+    assert {IGNORE, 0} <= set(turned.unique().tolist())
+    assert turned.min() == IGNORE
+    assert (turned == IGNORE).float().mean().item() == pytest.approx((labels == IGNORE).float().mean().item(), abs=0.03)
 
 
 def test_a_window_of_the_stated_size_needs_no_pixel_from_beyond():

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from nucseg.inference import InferenceConfig
+from nucseg.labels import IGNORE
 from nucseg.models import REGISTRY, build, config_class
 from nucseg.models.hover import HoverConfig, hover_losses, hv_targets, instances_from_maps
 from nucseg.models.hoverlite import HoverLiteConfig
@@ -85,6 +87,83 @@ def test_the_gradient_term_equals_the_published_kernel():
     expected = total / (2 * inside.sum().item())
     terms = hover_losses(torch.zeros(1, 2, 20, 20), predicted, inside, target)
     assert terms["hv_gradient"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def with_hole(labels, rows=slice(20, 60), cols=slice(30, 70)):
+    labels = labels.copy()
+    labels[..., rows, cols] = IGNORE
+    return labels
+
+
+def test_what_is_said_inside_an_unknown_area_changes_no_term_and_gets_no_gradient():
+    rng = torch.Generator().manual_seed(0)
+    maps = torch.from_numpy(with_hole(np.stack([ellipses(seed=s) for s in range(2)])))
+    known = maps != IGNORE
+    inside, target = hv_targets(maps, 30)
+    assert not inside[~known].any()
+    logits, hv = (torch.randn(2, 2, 96, 96, generator=rng).requires_grad_() for _ in range(2))
+    other = [torch.where(known[:, None], a, torch.randn(a.shape, generator=rng)) for a in (logits, hv)]
+    first, second = hover_losses(logits, hv, inside, target, known), hover_losses(*other, inside, target, known)
+    assert {name: v.item() for name, v in first.items()} == {name: v.item() for name, v in second.items()}
+    for gradient in torch.autograd.grad(sum(first.values()), (logits, hv)):
+        assert not gradient.movedim(1, -1)[~known].any()
+        assert gradient.movedim(1, -1)[known].any(dim=-1).all()
+    plain = hover_losses(logits, hv, inside, target)
+    assert all(first[name] != plain[name] for name in first)
+
+
+def test_terms_over_the_known_pixels_are_those_of_a_loop_over_them():
+    rng = torch.Generator().manual_seed(1)
+    maps = torch.from_numpy(with_hole(ellipses())[None])
+    known, (inside, target) = maps != IGNORE, hv_targets(maps)
+    logits, hv = (torch.randn(1, 2, 96, 96, generator=rng) for _ in range(2))
+    got = hover_losses(logits, hv, inside, target, known)
+    p, q = logits.movedim(1, -1)[known], inside[known].long()
+    assert got["np_ce"].item() == pytest.approx(F.cross_entropy(p, q).item(), rel=1e-5)
+    assert got["hv_mse"].item() == pytest.approx(F.mse_loss(*(a.movedim(1, -1)[known] for a in (hv, target))).item())
+    share = p.softmax(dim=1)
+    dice = [1 - (2 * share[q == c, c].sum() + 1e-3) / (share[:, c].sum() + (q == c).sum() + 1e-3) for c in (0, 1)]
+    assert got["np_dice"].item() == pytest.approx(sum(dice).item(), rel=1e-5)
+
+
+def test_without_unknown_pixels_the_terms_are_the_published_ones_to_the_last_bit():
+    rng = torch.Generator().manual_seed(2)
+    inside, target = hv_targets(torch.from_numpy(np.stack([ellipses(seed=s) for s in range(3)])), 30)
+    logits, hv = (torch.randn(3, 2, 96, 96, generator=rng).requires_grad_() for _ in range(2))
+    truth, share = torch.stack((~inside, inside), dim=1).float(), logits.softmax(dim=1)
+    overlap = 2 * (share * truth).sum(dim=(0, 2, 3)) + 1e-3
+    ce, mse = F.cross_entropy(logits, inside.long()), F.mse_loss(hv, target)
+    dice = (1 - overlap / (share.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3)) + 1e-3)).sum()
+    got = hover_losses(logits, hv, inside, target, torch.ones_like(inside))
+    assert [got[name].item() for name in ("np_ce", "np_dice", "hv_mse")] == [ce.item(), dice.item(), mse.item()]
+    assert torch.equal(*(torch.autograd.grad(a + b, hv)[0] for a, b in ((mse, 0), (got["hv_mse"], 0))))
+    assert torch.equal(
+        *(torch.autograd.grad(a + b, logits)[0] for a, b in ((ce, dice), (got["np_ce"], got["np_dice"])))
+    )
+
+
+def test_a_crop_of_which_nothing_is_known_costs_nothing():
+    nothing = torch.full((1, 64, 64), IGNORE, dtype=torch.int32)
+    model = build("hoverlite", config=SMALL, pretrained=False)
+    terms = model.loss(torch.rand(1, 3, 64, 64), nothing)
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert terms["np_ce"] == terms["hv_mse"] == terms["hv_gradient"] == 0
+
+
+def test_each_nucleus_is_scaled_by_itself_whatever_lies_beside_it():
+    labels = np.zeros((128, 128), dtype=np.int32)
+    labels[5:40, 5:40] = ellipses(40)[:35, :35]
+    alone = hv_targets(torch.from_numpy(labels)[None], 30)[1]
+    crowded = labels.copy()
+    crowded[50:, :] = 9000  # a giant, cut by three borders of the crop
+    crowded[0:30, 60:128] = 9001  # another, in two pieces
+    crowded[10:20, 80:90] = 0
+    crowded[45:48, 120:128] = 9002  # and a sliver of one that lies outside
+    beside = hv_targets(torch.from_numpy(crowded)[None], 30)[1]
+    assert torch.equal(beside[..., :45, :55], alone[..., :45, :55])
+    np.testing.assert_allclose(beside[0].numpy(), hv_by_loop(crowded, 30), atol=1e-6)
+    giant = beside[0][:, 50:]
+    assert (giant.min(), giant.max()) == (-1, 1)
 
 
 def true_maps(labels):

@@ -15,18 +15,21 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import nms, roi_align
 
 from nucseg.config import ConfigError, from_mapping
+from nucseg.labels import IGNORE
 from nucseg.models import build
 from nucseg.models.boxes import (
     Targets,
     batched_nms,
     decode,
     encode,
+    known_cells,
     make_anchors,
     mask_targets,
     match,
     pairwise_iou,
     sample,
     targets_from_labels,
+    unknown_share,
 )
 from nucseg.models.maskrcnn import MaskRCNN, MaskRCNNConfig
 from nucseg.models.painting import nms_across, paint, spans
@@ -115,6 +118,98 @@ def test_mask_targets_equal_roi_align_of_each_binary_mask():
         roi = torch.cat((torch.zeros(1), boxes[i]))[None]
         expected = roi_align(mask, roi, 9, 1.0, sampling_ratio=1, aligned=True)[0, 0]
         torch.testing.assert_close(got[i], expected, atol=1e-4, rtol=0)
+
+
+# -- unknown pixels --------------------------------------------------------------------------------------------------
+
+
+def test_unknown_pixels_are_no_nucleus_and_their_share_of_a_box_is_counted():
+    rng = np.random.default_rng(6)
+    maps = rng.choice([IGNORE, 0, 4], size=(2, 20, 30))
+    targets = targets_from_labels(torch.from_numpy(maps))
+    assert targets.valid.sum(1).tolist() == [1, 1]
+    assert np.array_equal(targets.index.numpy(), np.where(maps == 4, 1, maps))
+    boxes = random_boxes(rng, 2, 40, extent=25) - 3
+    got = unknown_share(targets.index, boxes)
+    for b in range(2):
+        for i, (x1, y1, x2, y2) in enumerate(boxes[b].round().int().clamp(min=0).tolist()):
+            window = maps[b, y1:y2, x1:x2]
+            assert got[b, i].item() == pytest.approx((window == IGNORE).mean() if window.size else 0)
+
+
+def test_a_candidate_is_background_only_where_nothing_hidden_could_make_it_a_nucleus():
+    rng = np.random.default_rng(7)
+    truth, candidates = random_boxes(rng, 2, 5), random_boxes(rng, 2, 300)
+    candidates[:, :5] = truth
+    targets = Targets(truth, torch.ones(2, 5, dtype=torch.bool), torch.zeros(0))
+    unknown = torch.tensor(rng.uniform(0, 1, (2, 300)), dtype=torch.float32)
+    plain, got = match(candidates, targets, 0.7, 0.3, True), match(candidates, targets, 0.7, 0.3, True, unknown)
+    assert torch.equal(got.positive, plain.positive & (unknown <= 0.5))
+    assert torch.equal(got.negative, plain.negative & (unknown < 0.3))
+    same = match(candidates, targets, 0.7, 0.3, True, unknown * 0)
+    assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
+
+
+def test_unknown_areas_make_no_example_and_no_gradient(model, monkeypatch):
+    images, labels = batch()
+    labels[:, :, 24:] = IGNORE
+    index = targets_from_labels(labels).index
+    seen, rois = {}, []
+    propose, rpn_loss, pool = model._propose, model._rpn_loss, model._pool
+
+    def watched_loss(logits, offsets, anchors, targets):
+        seen.update(logits=logits.detach().requires_grad_(), offsets=offsets.detach().requires_grad_(), anchors=anchors)
+        return rpn_loss(seen["logits"], seen["offsets"], anchors, targets)
+
+    def watched_pool(features, image, boxes, size):
+        rois.append((image, boxes))
+        return pool(features, image, boxes, size)
+
+    monkeypatch.setattr(model, "_rpn_loss", watched_loss)
+    monkeypatch.setattr(model, "_pool", watched_pool)
+    monkeypatch.setattr(model, "_propose", propose)
+    torch.manual_seed(0)
+    losses = model.train().loss(images, labels)
+    sum(losses.values()).backward()
+    share = unknown_share(index, seen["anchors"].expand(2, -1, 4))
+    assert (share >= TINY.rpn_below).any()
+    assert not seen["logits"].grad[share >= TINY.rpn_below].any()
+    assert seen["logits"].grad[share < TINY.rpn_below].any()
+    assert not seen["offsets"].grad[share > 0.5].any()
+    for image, boxes in rois:
+        assert len(boxes)
+        assert all(unknown_share(index, boxes[None].expand(2, -1, 4))[image, torch.arange(len(boxes))] <= 0.5)
+
+
+def test_masks_are_not_taught_on_unknown_pixels(model, monkeypatch):
+    images, labels = batch()
+    said = []
+    head = model.mask_head.forward
+
+    def watched(pooled):
+        said.append(head(pooled).detach().requires_grad_())
+        return said[-1]
+
+    monkeypatch.setattr(model.mask_head, "forward", watched)
+    cut = []
+    monkeypatch.setattr("nucseg.models.maskrcnn.known_cells", lambda *args: cut.append(known_cells(*args)) or cut[-1])
+    for hidden in (False, True):
+        if hidden:
+            labels[:, 30:34] = IGNORE
+        torch.manual_seed(0)
+        model.train().loss(images, labels)["mask"].backward()
+        gradient, known = said[-1].grad, cut[-1]
+        assert known.all() == (not hidden)
+        assert not gradient[~known].any()
+        assert gradient[known].all()
+        assert gradient.abs().sum() == pytest.approx(gradient[known].abs().sum())
+
+
+def test_a_crop_of_which_nothing_is_known_teaches_nothing(model):
+    images, labels = batch()
+    losses = model.train().loss(images, torch.full_like(labels, IGNORE))
+    assert all(value == 0 for value in losses.values()), losses
+    sum(losses.values()).backward()
 
 
 # -- boxes -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ class Segmenter(nn.Module, ABC):
     def loss(self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]) -> dict[str, Float[Tensor, ""]]:
         """Return the named loss terms of a batch; training minimises their sum.
 
-        `images` are in [0, 1]; targets are made from `label_maps` on their device. Crops without nuclei are allowed.
+        `images` are in [0, 1]; targets are made from `label_maps` on their device. Crops without nuclei are allowed,
+        and so are pixels marked `nucseg.labels.IGNORE`, which add to no term.
         """
 
     @abstractmethod

@@ -14,8 +14,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from nucseg.labels import IGNORE
 
 
 class Targets(NamedTuple):
@@ -23,20 +26,20 @@ class Targets(NamedTuple):
 
     boxes: Tensor  # (b, g, 4) float32
     valid: Tensor  # (b, g) bool: which of the g places hold a nucleus
-    index: Tensor  # (b, h, w) int64: 0 = background, j + 1 = the nucleus in place j
+    index: Tensor  # (b, h, w) int64: 0 = background, j + 1 = the nucleus in place j, IGNORE = unknown
 
 
 def targets_from_labels(label_maps: Int[Tensor, "b h w"]) -> Targets:
     """Read boxes from label maps, on their device and without a loop over ids.
 
     Ids may be any positive integers, with gaps and in several pieces; places follow the order of the ids. An image
-    without nuclei has no valid place.
+    without nuclei has no valid place. `nucseg.labels.IGNORE` is no nucleus, and marks its pixels in `Targets.index`.
     """
     b, h, w = label_maps.shape
     device = label_maps.device
-    image, row, column = label_maps.nonzero(as_tuple=True)
+    image, row, column = (label_maps > 0).nonzero(as_tuple=True)
     values = label_maps[image, row, column].long()
-    index = torch.zeros((b, h, w), dtype=torch.int64, device=device)
+    index = label_maps.long().clamp(max=0)  # background and unknown pixels stay
     if len(values) == 0:
         return Targets(
             torch.zeros((b, 1, 4), device=device), torch.zeros((b, 1), dtype=torch.bool, device=device), index
@@ -83,22 +86,54 @@ def mask_targets(
     size
         Cells on each side.
     """
-    _, h, w = index.shape
-    cell = (torch.arange(size, device=index.device) + 0.5) / size
-    x = (boxes[:, 0, None] + cell * (boxes[:, 2] - boxes[:, 0])[:, None] - 0.5).clamp(0, w - 1)
-    y = (boxes[:, 1, None] + cell * (boxes[:, 3] - boxes[:, 1])[:, None] - 0.5).clamp(0, h - 1)
-    x0, y0 = x.floor(), y.floor()
-    fx, fy = (x - x0)[:, None, :], (y - y0)[:, :, None]
-    x0, y0 = x0.long(), y0.long()
-    x1, y1 = (x0 + 1).clamp(max=w - 1), (y0 + 1).clamp(max=h - 1)
+    x0, x1, y0, y1, fx, fy = _cells(boxes, size, index.shape)
     wanted = (place + 1)[:, None, None]
 
     def inside(rows: Tensor, columns: Tensor) -> Tensor:
         return (index[image[:, None, None], rows[:, :, None], columns[:, None, :]] == wanted).float()
 
+    fx, fy = fx[:, None, :], fy[:, :, None]
     top = inside(y0, x0) * (1 - fx) + inside(y0, x1) * fx
     bottom = inside(y1, x0) * (1 - fx) + inside(y1, x1) * fx
     return top * (1 - fy) + bottom * fy
+
+
+def known_cells(
+    index: Int[Tensor, "b h w"], image: Int[Tensor, " n"], boxes: Float[Tensor, "n 4"], size: int
+) -> Bool[Tensor, "n size size"]:
+    """Say which cells of `mask_targets` are made from known pixels only."""
+    x0, x1, y0, y1, _, _ = _cells(boxes, size, index.shape)
+
+    def known(rows: Tensor, columns: Tensor) -> Tensor:
+        return index[image[:, None, None], rows[:, :, None], columns[:, None, :]] != IGNORE
+
+    return known(y0, x0) & known(y0, x1) & known(y1, x0) & known(y1, x1)
+
+
+def _cells(boxes: Tensor, size: int, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Pixels on both sides of each cell's centre, (n, size) each: x0, x1, y0, y1, and how far it lies between them."""
+    _, h, w = shape
+    cell = (torch.arange(size, device=boxes.device) + 0.5) / size
+    x = (boxes[:, 0, None] + cell * (boxes[:, 2] - boxes[:, 0])[:, None] - 0.5).clamp(0, w - 1)
+    y = (boxes[:, 1, None] + cell * (boxes[:, 3] - boxes[:, 1])[:, None] - 0.5).clamp(0, h - 1)
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = x - x0, y - y0
+    x0, y0 = x0.long(), y0.long()
+    return x0, (x0 + 1).clamp(max=w - 1), y0, (y0 + 1).clamp(max=h - 1), fx, fy
+
+
+def unknown_share(index: Int[Tensor, "b h w"], boxes: Float[Tensor, "b n 4"]) -> Float[Tensor, "b n"]:
+    """Measure which part of each box, in pixels of the label maps, is unknown; corners are rounded to whole pixels."""
+    b, h, w = index.shape
+    # Sums over every rectangle from the upper left corner; exact in float32 up to 16 million pixels.
+    table = F.pad((index == IGNORE).float(), (1, 0, 1, 0)).cumsum(1).cumsum(2).view(b, -1)
+    x1, x2 = (boxes[..., i].round().long().clamp(0, w) for i in (0, 2))
+    y1, y2 = (boxes[..., i].round().long().clamp(0, h) for i in (1, 3))
+
+    def until(y: Tensor, x: Tensor) -> Tensor:
+        return table.gather(1, y * (w + 1) + x)
+
+    return (until(y2, x2) - until(y1, x2) - until(y2, x1) + until(y1, x1)) / ((x2 - x1) * (y2 - y1)).clamp(min=1)
 
 
 def make_anchors(
@@ -154,10 +189,19 @@ class Matches(NamedTuple):
     negative: Tensor  # (b, n) bool
 
 
-def match(candidates: Float[Tensor, "b n 4"], targets: Targets, above: float, below: float, keep_best: bool) -> Matches:
+def match(
+    candidates: Float[Tensor, "b n 4"],
+    targets: Targets,
+    above: float,
+    below: float,
+    keep_best: bool,
+    unknown: Float[Tensor, "b n"] | None = None,
+) -> Matches:
     """Assign candidates to true boxes by IoU: positive from `above`, background under `below`.
 
-    `keep_best` also makes positive the best candidates of each nucleus, however low their IoU (above zero).
+    `keep_best` also makes positive the best candidates of each nucleus, however low their IoU (above zero). With the
+    `unknown` share of each candidate, one that is mostly unknown is no example of a nucleus, and one is background only
+    if no nucleus that the unknown part may hide could overlap it by `below`.
     """
     iou = pairwise_iou(targets.boxes, candidates).masked_fill_(~targets.valid[:, :, None], -1.0)
     best, place = iou.max(dim=1)
@@ -165,7 +209,10 @@ def match(candidates: Float[Tensor, "b n 4"], targets: Targets, above: float, be
     if keep_best:
         highest = iou.amax(dim=2, keepdim=True)
         positive |= ((iou == highest) & (highest > 0)).any(dim=1)
-    return Matches(place, positive, (best < below) & ~positive)
+    negative = (best < below) & ~positive
+    if unknown is not None:
+        positive, negative = positive & (unknown <= 0.5), negative & (unknown < below)
+    return Matches(place, positive, negative)
 
 
 def sample(

@@ -18,6 +18,7 @@ from skimage.segmentation import watershed
 from torch import Tensor
 
 from nucseg.inference import InferenceConfig, predict_instances, predict_maps
+from nucseg.labels import IGNORE
 from nucseg.models.base import Instances, Segmenter
 
 
@@ -94,11 +95,12 @@ class HoverSegmenter(Segmenter):
         """Return the four weighted terms ``np_ce``, ``np_dice``, ``hv_mse``, ``hv_gradient``."""
         logits, hv = self.heads(images)
         inside, target = hv_targets(label_maps, self.hover.smallest_target)
+        known = label_maps != IGNORE
         if target.shape[-2:] != hv.shape[-2:]:  # a network without padding sees more than it predicts
             top, left = ((a - b) // 2 for a, b in zip(target.shape[-2:], hv.shape[-2:], strict=True))
             rows, cols = slice(top, top + hv.shape[-2]), slice(left, left + hv.shape[-1])
-            inside, target = inside[:, rows, cols], target[:, :, rows, cols]
-        terms = hover_losses(logits, hv, inside, target)
+            inside, known, target = inside[:, rows, cols], known[:, rows, cols], target[:, :, rows, cols]
+        terms = hover_losses(logits, hv, inside, target, known)
         return {name: getattr(self.hover, name) * value for name, value in terms.items()}
 
     def maps(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -123,7 +125,7 @@ def hv_targets(
     Parameters
     ----------
     label_maps
-        Any ids. A nucleus is what of it lies in the crop.
+        Any ids. A nucleus is what of it lies in the crop and is not hidden by `nucseg.labels.IGNORE`.
     smallest
         Nuclei with fewer pixels get HV 0.
 
@@ -169,19 +171,31 @@ def hover_losses(
     hv: Float[Tensor, "b 2 h w"],
     inside: Bool[Tensor, "b h w"],
     target: Float[Tensor, "b 2 h w"],
+    known: Bool[Tensor, "b h w"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Cross-entropy and Dice (both channels, smooth 1e-3) of NP; squared error of HV and, inside, of its gradients."""
+    """Cross-entropy and Dice (both channels, smooth 1e-3) of NP; squared error of HV and, inside, of its gradients.
+
+    Pixels that are not `known` add to no term, and neither does a gradient whose 5x5 stencil touches one. With all
+    known (None) the terms are the published ones.
+    """
     logits, hv = logits.float(), hv.float()
-    truth = torch.stack((~inside, inside), dim=1).float()
-    probability = logits.softmax(dim=1)
+    if known is None:
+        known = torch.ones_like(inside)
+    counted = known.sum().clamp(min=1)
+    truth = torch.stack((~inside & known, inside & known), dim=1).float()
+    probability = logits.softmax(dim=1) * known[:, None]
     overlap = 2 * (probability * truth).sum(dim=(0, 2, 3)) + 1e-3
     dice = 1 - overlap / (probability.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3)) + 1e-3)
     error = _gradients(hv) - _gradients(target)
-    focus = inside[:, None].float()
+    near_unknown = F.max_pool2d((~known)[:, None].float(), 5, stride=1, padding=2) > 0
+    focus = (inside[:, None] & ~near_unknown).float()
+    entropy = F.cross_entropy(logits, torch.where(known, inside.long(), IGNORE), ignore_index=IGNORE, reduction="sum")
+    # An unknown pixel's target is what the network says there; the mean is then brought to the known ones.
+    squared = F.mse_loss(hv, torch.where(known[:, None], target, hv.detach())) * (known.numel() / counted)
     return {
-        "np_ce": F.cross_entropy(logits, inside.long()),
+        "np_ce": entropy / counted,
         "np_dice": dice.sum(),
-        "hv_mse": F.mse_loss(hv, target),
+        "hv_mse": squared,
         "hv_gradient": (focus * error**2).sum() / (2 * focus.sum() + 1e-8),
     }
 

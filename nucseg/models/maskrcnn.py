@@ -34,11 +34,13 @@ from nucseg.models.boxes import (
     batched_nms,
     decode,
     encode,
+    known_cells,
     make_anchors,
     mask_targets,
     match,
     sample,
     targets_from_labels,
+    unknown_share,
 )
 from nucseg.models.painting import nms_across, paint, spans
 
@@ -177,7 +179,8 @@ class MaskRCNN(Segmenter):
         """Return the five losses of Mask R-CNN; see `Segmenter.loss`.
 
         ``rpn_score`` and ``rpn_box`` of the proposals, ``score``, ``box`` and ``mask`` of the RoIs; each is
-        torchvision's formula, averaged over the examples drawn in the batch.
+        torchvision's formula, averaged over the examples drawn in the batch. What is unknown (`nucseg.labels.IGNORE`)
+        makes neither positive nor negative examples, and its pixels are left out of the masks.
         """
         config, scale = self.config, self.config.scale
         targets = targets_from_labels(label_maps)
@@ -190,7 +193,8 @@ class MaskRCNN(Segmenter):
         # True boxes join the proposals, as in torchvision: at the start of training they are the only positives.
         candidates = torch.cat((proposals, scaled.boxes), dim=1)
         usable = torch.cat((usable, scaled.valid), dim=1)
-        matches = match(candidates, scaled, config.roi_iou, config.roi_iou, keep_best=False)
+        unknown = unknown_share(targets.index, candidates / scale)
+        matches = match(candidates, scaled, config.roi_iou, config.roi_iou, keep_best=False, unknown=unknown)
         chosen, positive, drawn = sample(
             matches.positive & usable, matches.negative & usable, config.roi_samples, config.roi_fraction
         )
@@ -199,7 +203,10 @@ class MaskRCNN(Segmenter):
         rois, place = candidates[image, index], matches.place[image, index]
 
         score, box_offsets = self.box_head(self._pool(roi_map, image, rois, config.box_pool))
-        losses["score"] = F.binary_cross_entropy_with_logits(score.float(), positive.float())
+        if len(positive):
+            losses["score"] = F.binary_cross_entropy_with_logits(score.float(), positive.float())
+        else:  # crops of which all is unknown give no example at all
+            losses["score"] = score.float().sum()
         which = positive.nonzero()[:, 0]
         wanted = encode(scaled.boxes[image[which], place[which]], rois[which], BOX_WEIGHTS)
         box_loss = F.smooth_l1_loss(box_offsets[which].float(), wanted, beta=SMOOTH_L1_BETA, reduction="sum")
@@ -211,8 +218,9 @@ class MaskRCNN(Segmenter):
 
         masks = self.mask_head(self._pool(roi_map, image, rois, config.mask_pool)).float()
         truth = mask_targets(targets.index, image, place, rois / scale, masks.shape[-1])
-        mask_loss = F.binary_cross_entropy_with_logits(masks, truth, reduction="sum")
-        losses["mask"] = mask_loss / max(1, truth.numel())
+        known = known_cells(targets.index, image, rois / scale, masks.shape[-1]).float()
+        mask_loss = F.binary_cross_entropy_with_logits(masks, truth, weight=known, reduction="sum")
+        losses["mask"] = mask_loss / known.sum().clamp(min=1)
         return losses
 
     def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -242,7 +250,8 @@ class MaskRCNN(Segmenter):
     def _rpn_loss(self, logits: Tensor, offsets: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
         config = self.config
         everywhere = anchors.expand(len(logits), -1, 4)
-        matches = match(everywhere, targets, config.rpn_above, config.rpn_below, keep_best=True)
+        unknown = unknown_share(targets.index, everywhere / config.scale)
+        matches = match(everywhere, targets, config.rpn_above, config.rpn_below, keep_best=True, unknown=unknown)
         index, positive, drawn = sample(matches.positive, matches.negative, config.rpn_samples, config.rpn_fraction)
         count = drawn.sum().clamp(min=1)
         score = F.binary_cross_entropy_with_logits(logits.gather(1, index), positive.float(), reduction="none")

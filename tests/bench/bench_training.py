@@ -22,10 +22,11 @@ import torch
 from scipy import ndimage
 
 from nucseg.augment import AugmentConfig, augment
+from nucseg.crops import CropPool
 from nucseg.inference import InferenceConfig
 from nucseg.models import build, config_class
 from nucseg.models.hover import hv_targets
-from nucseg.training import CropPool, TrainingConfig, train
+from nucseg.training import TrainingConfig, train
 
 
 def synthetic_pairs(count: int, size: int, nuclei: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
