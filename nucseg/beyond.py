@@ -20,11 +20,12 @@ from nucseg.data.tissue import SYNTHETIC_NOTE
 from nucseg.experiments import Experiment, GridSettings, grid
 from nucseg.results import COUNTED, EXPERIMENT, ResultsError, check_results
 from nucseg.selection import STRATEGIES
-from nucseg.stats import holm, paired_tests
+from nucseg.stats import RankTest, friedman_nemenyi, holm, paired_tests
 from nucseg.tables import Table, one_profile
 
 TABLE, BUDGET = "S", "B"
 REFERENCE = "random-crop"
+FEWEST_IMAGES = 6  # fewer cannot tell three systems apart
 _ARM = ["selection", "k1"]
 
 
@@ -256,6 +257,21 @@ def budget_curve(
     return BudgetCurve(
         against, points, (full.mean(), full.min(), full.max()), lines["image_id"].nunique(), len(chosen) - len(shown)
     )
+
+
+def strategy_ranks(results: pd.DataFrame, dataset: str, settings: GridSettings) -> RankTest | None:
+    """Rank the strategies of Table S by their AJI on the same images: Friedman's test and Nemenyi's.
+
+    Seeds are averaged per image first. None with fewer than three strategies or six images. The images are the blocks
+    of the test, so it asks whether these trained systems differ on images like these; what other seeds would have
+    chosen is not in it.
+    """
+    lines = _lines(results, dataset, settings)
+    lines = lines[lines["k1"] == _k1(dataset, settings)]
+    scores = lines.groupby(["image_id", "selection"])["aji"].mean().unstack()
+    if scores.shape[1] < 3 or len(scores) < FEWEST_IMAGES:
+        return None
+    return friedman_nemenyi(scores.to_numpy(), list(scores.columns), list(scores.index))
 
 
 # -- tables ----------------------------------------------------------------------------------------------------

@@ -108,6 +108,82 @@ def effect_size(
     return float(difference.mean() / difference.std(ddof=1))
 
 
+class RankTest(NamedTuple):
+    """Several systems on the same images, compared by their ranks (Demsar 2006).
+
+    Attributes
+    ----------
+    systems, mean_ranks
+        Best first; rank 1 is the best system of an image, ties share their mean rank.
+    friedman_p
+        P of no difference between any of them.
+    critical_difference
+        Nemenyi's: mean ranks that are closer are not told apart at `level`.
+    n
+        Images.
+    level
+        Of significance, 0.05.
+    groups
+        First and last place of every longest run of systems that are not told apart.
+    """
+
+    systems: tuple[str, ...]
+    mean_ranks: tuple[float, ...]
+    friedman_p: float
+    critical_difference: float
+    n: int
+    level: float
+    groups: tuple[tuple[int, int], ...]
+
+
+def friedman_nemenyi(
+    scores: ArrayLike, systems: Sequence[str], ids: Sequence[Hashable] | None = None, *, level: float = 0.05
+) -> RankTest:
+    """Rank systems by their scores on the same images, with Friedman's test and Nemenyi's critical difference.
+
+    Parameters
+    ----------
+    scores
+        (n, k), one line per image and one column per system; higher is better. Average over seeds before the call.
+    systems
+        k names, k at least 3.
+    ids
+        The images' names, for error messages.
+    level
+        Of significance, in (0, 1).
+
+    Raises
+    ------
+    ValueError
+        If a score is NaN or infinite, there are fewer than three systems or two images, or lengths do not fit.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if scores.ndim != 2 or scores.shape[1] != len(systems):
+        raise ValueError(f"scores: expected one column for each of {len(systems)} systems, got shape {scores.shape}")
+    n, k = scores.shape
+    if k < 3 or n < 2:
+        raise ValueError(f"scores: expected at least 3 systems and 2 images, got {k} and {n}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    for i, name in enumerate(systems):
+        _check_finite(name, scores[:, i], ids)
+    scores = np.round(scores, 12)  # as in `_differences`: noise must not be ranked
+    ranks = stats.rankdata(-scores, axis=1).mean(axis=0)
+    # Where all systems tie on all images there is nothing to rank, and scipy divides by zero.
+    p = 1.0 if (scores == scores[:, :1]).all() else float(stats.friedmanchisquare(*scores.T).pvalue)
+    q = float(stats.studentized_range.isf(level, k, np.inf)) / np.sqrt(2)
+    critical = q * float(np.sqrt(k * (k + 1) / (6 * n)))
+    order = np.argsort(ranks, kind="stable")
+    ordered = ranks[order]
+    groups: list[tuple[int, int]] = []
+    for first in range(k):
+        last = int(np.flatnonzero(ordered <= ordered[first] + critical)[-1])
+        if last > first and (not groups or last > groups[-1][1]):
+            groups.append((first, last))
+    named = tuple(systems[i] for i in order)
+    return RankTest(named, tuple(map(float, ordered)), p, critical, n, level, tuple(groups))
+
+
 def holm(p_values: ArrayLike) -> np.ndarray:
     """Return Holm's step-down adjusted p-values, (n,), in the order given.
 
@@ -141,10 +217,7 @@ def _differences(a: ArrayLike, b: ArrayLike, ids_a: Sequence | None, ids_b: Sequ
             raise ValueError(f"{name}: expected one score per image, got shape {scores.shape}")
         if ids is not None:
             _check_ids(name, scores, list(ids))
-        if not np.isfinite(scores).all():
-            at = int(np.flatnonzero(~np.isfinite(scores))[0])
-            image = f"image {list(ids)[at]!r}" if ids is not None else f"position {at}"
-            raise ValueError(f"{name}: the score of {image} is {scores[at]}; score that image again")
+        _check_finite(name, scores, ids)
     if ids_a is not None and ids_b is not None:
         place = {name: i for i, name in enumerate(ids_b)}
         lonely = sorted(map(str, set(ids_a) ^ set(ids_b)))
@@ -160,6 +233,13 @@ def _differences(a: ArrayLike, b: ArrayLike, ids_a: Sequence | None, ids_b: Sequ
     difference[np.abs(difference) < ROUNDING] = 0.0
     # Equal differences must tie in the ranks although 0.3 - 0.2 and 0.2 - 0.1 differ in the last digit.
     return np.round(difference, 12)
+
+
+def _check_finite(name: str, scores: np.ndarray, ids: Sequence | None) -> None:
+    if not np.isfinite(scores).all():
+        at = int(np.flatnonzero(~np.isfinite(scores))[0])
+        image = f"image {list(ids)[at]!r}" if ids is not None else f"position {at}"
+        raise ValueError(f"{name}: the score of {image} is {scores[at]}; score that image again")
 
 
 def _check_ids(name: str, scores: np.ndarray, ids: list) -> None:

@@ -378,11 +378,11 @@ def why_not_compared(one: Measured, other: Measured) -> str:
     if not one.found:
         return one.status
     if not other.found:
-        return f"its reference: {other.status}"
+        return f"reference: {other.status}"
     if one.planned == other.planned:
-        return "the same runs as its reference"
+        return "same runs as the reference"
     if one.row.table != "IV" and one.segmenter != other.segmenter:
-        return "its reference was run with another segmenter"
+        return "reference: another segmenter"
     return ""
 
 

@@ -1,0 +1,83 @@
+"""All rows of Tables I-VI in one view: each row's paired difference to the row that it is compared with.
+
+The tables compare the rows that the paper compares (its P-values). Two tables have none: here Table V's systems are
+compared with full supervision of the same segmenter, and Table VI's with the paper's own setting, K1 = 9 (scaled to the
+dataset) and K2 = 4 with CSinGAN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from nucseg import beyond
+from nucseg.experiments import TABLES, GridSettings, rows
+from nucseg.results import check_results
+from nucseg.stats import paired_tests
+from nucseg.tables import Measured, measure, one_profile, paired, why_not_compared
+
+_FULL = {"mrcnn-ours": "mrcnn", "hovernet-ours": "hovernet"}
+_PAPER_SETTING = "k1-9-csingan"
+
+
+def forest_frame(
+    results: pd.DataFrame, dataset: str, settings: GridSettings, reasons: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """Return every row of Tables I-VI and S with its difference to the row that it is compared with.
+
+    Parameters
+    ----------
+    results, dataset, settings, reasons
+        As for `nucseg.tables.make_table`.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``table``, ``row``, ``id``, ``against`` (label of the reference, or nothing), ``mean difference``,
+        ``CI low``, ``CI high`` (AJI, row minus reference; 95 % bootstrap interval over images), ``images``, ``seeds``,
+        and ``why``: ``"reference"``, or why there is no difference; nothing where there is one. In the tables' order.
+    """
+    results = check_results(results)
+    lines = results[results["dataset"] == dataset]
+    one_profile(lines)
+    made = []
+    for table in TABLES:
+        measured = measure(rows(table), lines, dataset, settings, reasons or {})
+        by_key = {one.row.key: one for one in measured}
+        for one in measured:
+            other = by_key.get(_reference(one) or "")
+            made.append(_line(table, one, other))
+    strategies = beyond.strategy_frame(results, dataset, settings)
+    if len(strategies) and "mean difference" in strategies:
+        names = ["row", "id", "mean difference", "CI low", "CI high", "images", "seeds"]
+        shown = strategies[names].assign(table=beyond.TABLE, against=beyond.REFERENCE, why="")
+        own = shown["row"] == beyond.REFERENCE
+        shown.loc[own, ["against", "why"]] = ["", "reference"]
+        made += shown.to_dict("records")
+    columns = ["table", "row", "id", "against", "mean difference", "CI low", "CI high", "images", "seeds", "why"]
+    return pd.DataFrame(made, columns=columns)
+
+
+def _reference(one: Measured) -> str | None:
+    if one.row.table == "V":
+        return _FULL.get(one.row.key)
+    if one.row.table == "VI":
+        return None if one.row.key == _PAPER_SETTING else _PAPER_SETTING
+    return one.row.reference
+
+
+def _line(table: str, one: Measured, other: Measured | None) -> dict[str, object]:
+    line = {
+        **{"table": table, "row": one.label, "id": one.row.id, "against": "" if other is None else other.label},
+        **{"mean difference": np.nan, "CI low": np.nan, "CI high": np.nan},
+        **{"images": one.lines["image_id"].nunique(), "seeds": len(one.found)},
+    }
+    if other is None:
+        return {**line, "why": "reference" if one.found else one.status}
+    why = why_not_compared(one, other)
+    if not why:
+        test = paired_tests(*paired(one, other))
+        line |= {"mean difference": test.mean_difference, "CI low": test.ci_low, "CI high": test.ci_high}
+    return {**line, "why": why}
