@@ -1,10 +1,13 @@
 """CSinGAN: every critic teaches the generator, training is reproducible and resumable, nuclei come out as nuclei."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nucseg.gan import REGISTRY, DivergenceError, build, config_class, losses, scale_training, scales
+from nucseg.gan import REGISTRY, DivergenceError, DivergenceWarning, build, config_class, losses, scale_training, scales
 from nucseg.gan.csingan import CSinGANConfig
 from nucseg.gan.networks import Critic, ScaleGenerator, initialise
 
@@ -60,7 +63,8 @@ def step_parts():
 def generator_gradient(weights, parts):
     generator, critics, masks, _, noise, _ = parts
     fake = scales.paint(generator, masks, noise, None)
-    loss = losses.generator_loss({k: critics[k] for k in weights}, weights, fake, masks)
+    shown = losses.views(weights, fake[:1], masks[:1], fake, masks, 3)
+    loss = losses.generator_loss({k: critics[k] for k in weights}, weights, shown)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(generator.parameters()))])
 
 
@@ -79,7 +83,8 @@ def test_each_critic_alone_moves_the_generator(alone, step_parts):
 def test_a_component_critic_moves_only_its_own_component(alone, step_parts):
     _, critics, masks, _, noise, _ = step_parts
     fake = noise.clone().requires_grad_()
-    loss = losses.generator_loss({alone: critics[alone]}, {alone: 1.0}, fake, masks)
+    shown = losses.views([alone], fake[:1], masks[:1], fake, masks, 3)
+    loss = losses.generator_loss({alone: critics[alone]}, {alone: 1.0}, shown)
     (gradient,) = torch.autograd.grad(loss, fake)
     area = (masks if alone == "foreground" else 1 - masks).expand_as(gradient) > 0
     assert gradient[~area].abs().max() == 0
@@ -116,7 +121,8 @@ def test_the_critic_map_is_averaged_over_the_centre_cropped_mask():
             for c in range(2, 8):
                 if area[b, 0, r, c]:
                     total, count = total + images[b, 0, r - 2 : r + 3, c - 2 : c + 3].mean(), count + 1
-    torch.testing.assert_close(losses.score(Blur(), images, area), total / count)
+    shown = losses.views(["foreground"], images[:1], area[:1], images, area, 2)["foreground"]
+    torch.testing.assert_close(losses.score(Blur(), images, shown.fake_area), total / count)
 
 
 def test_the_penalty_of_a_linear_critic_is_known(step_parts):
@@ -134,10 +140,10 @@ def test_a_batch_without_nuclei_leaves_losses_finite_and_the_nuclei_critic_silen
     _, critics, masks, real_mask, noise, _ = step_parts
     fake, real, empty = noise, noise[:1] * 0.5, torch.zeros_like(masks)
     weights = dict.fromkeys(losses.REGIONS, 1.0)
-    loss, distances, penalty = losses.critic_losses(
-        critics, weights, real, real_mask, fake, empty, torch.full((2, 1, 1, 1), 0.5), 0.1, min_area=0.01
-    )
+    shown = losses.views(weights, real, real_mask, fake, empty, 3, min_area=0.01)
+    loss, distances, penalty = losses.critic_losses(critics, weights, shown, 0.1, torch.full((2, 1, 1, 1), 0.5))
     assert distances["foreground"] == 0
+    assert losses.generator_loss({"foreground": critics["foreground"]}, {"foreground": 1.0}, shown) == 0
     assert penalty < 1e3
     gradients = torch.autograd.grad(loss, list(critics.parameters()), allow_unused=True)
     assert all(torch.isfinite(g).all() for g in gradients if g is not None)
@@ -231,24 +237,126 @@ def test_resuming_with_another_seed_is_refused(tiny, training_set):
         loaded.fit(*training_set, seed=4)
 
 
-def test_a_divergence_is_reported_with_patch_scale_and_step(training_set, monkeypatch):
+def poison(monkeypatch, when):
+    """Make a weight of one GAN NaN after its step, wherever `when(training, step)` says so."""
     original = scale_training.ScaleTraining.step
 
     def poisoned(self):
         original(self)
-        if self.n == 1 and self.i == 1 and self.buffers.calls == 3:
-            self.buffers.losses[1, 0] = float("nan")
+        self.steps = getattr(self, "steps", 0) + 1
+        if when(self, self.steps - 1):
+            with torch.no_grad():
+                next(self.generator.parameters())[0] = float("nan")
 
-    refill = scale_training.StepBuffers.refill
-
-    def counted(self, draw):
-        self.calls = getattr(self, "calls", 0) + 1
-        refill(self, draw)
-
-    monkeypatch.setattr(scale_training.StepBuffers, "refill", counted)
     monkeypatch.setattr(scale_training.ScaleTraining, "step", poisoned)
-    with pytest.raises(DivergenceError, match=r"patch 1, scale 1, step 2.*nan"):
-        build("csingan", TINY, "cpu").fit(*training_set)
+
+
+def rate(training):
+    return training.optimizer_g.param_groups[0]["lr"]
+
+
+def test_one_gan_that_diverges_is_named_and_starts_again_while_the_others_go_on(tiny, training_set, monkeypatch):
+    poison(monkeypatch, lambda t, step: t.n == 1 and t.i == 1 and step == 1 and rate(t) == TINY.lr)
+    with pytest.warns(DivergenceWarning, match=r"CSinGAN: patch 1, scale 1, step 2: .* is nan; .*trained again"):
+        gan = build("csingan", TINY, "cpu").fit(*training_set, seed=3)
+    (divergence,) = gan.divergences
+    assert (divergence.patch, divergence.scale, divergence.step, divergence.outcome) == (1, 1, 2, "restarted")
+    assert gan.left_out == ()
+    images, undisturbed = gan.generate(training_set[1]), tiny.generate(training_set[1])
+    np.testing.assert_array_equal(images[0], undisturbed[0])
+    assert images[1].std() > 5
+    assert (images[1] != undisturbed[1]).any()
+    assert all(torch.isfinite(t).all() for name, t in gan.to_tensors().items() if name != "divergences")
+
+
+def test_the_second_attempt_starts_from_the_scales_start_with_a_lower_rate(training_set, monkeypatch):
+    rates = []
+    poison(monkeypatch, lambda t, step: step == 0 and t.i == 0 and rates.append(rate(t)) is None and len(rates) == 1)
+    with pytest.warns(DivergenceWarning, match="patch 0, scale 0"):
+        build("csingan", TINY, "cpu").fit(*training_set, seed=3)
+    assert rates == pytest.approx([TINY.lr, TINY.lr * TINY.restart_lr, TINY.lr])
+
+
+def test_a_gan_that_diverges_twice_falls_back_to_its_last_finished_scale(tiny, training_set, monkeypatch):
+    poison(monkeypatch, lambda t, step: t.n == 1 and t.i == 1)
+    again = pytest.warns(DivergenceWarning, match="trained again")
+    with again, pytest.warns(DivergenceWarning, match="only enlarges the image of the scale before"):
+        gan = build("csingan", TINY, "cpu").fit(*training_set, seed=3)
+    assert [d.outcome for d in gan.divergences] == ["restarted", "skipped"]
+    mask = torch.from_numpy(training_set[1][1, :1] > 0).float().unsqueeze(1)
+    coarse, fine = gan.sample(1, mask, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fine, scales.upsample(coarse, SIZE))
+    np.testing.assert_array_equal(gan.generate(training_set[1])[0], tiny.generate(training_set[1])[0])
+
+
+def test_a_gan_that_diverges_twice_at_the_coarsest_scale_is_left_out_and_remembered(training_set, monkeypatch):
+    poison(monkeypatch, lambda t, step: t.n == 0 and t.i == 1)
+    again = pytest.warns(DivergenceWarning, match="trained again")
+    with again, pytest.warns(DivergenceWarning, match="patch 1, scale 0.*gets no synthetic images"):
+        gan = build("csingan", TINY, "cpu").fit(*training_set, seed=3)
+    assert gan.left_out == (1,)
+    images = gan.generate(training_set[1])
+    assert images[1].max() == 0
+    assert images[0].std() > 5
+    loaded = build("csingan", TINY, "cpu").from_tensors(gan.to_tensors())
+    assert [str(d) for d in loaded.divergences] == [str(d) for d in gan.divergences]
+    assert loaded.left_out == (1,)
+
+
+def test_when_every_gan_diverges_nothing_is_returned(training_set, monkeypatch):
+    poison(monkeypatch, lambda t, step: True)
+    with (
+        pytest.warns(DivergenceWarning),
+        pytest.raises(DivergenceError, match="every training diverged: patch 1, scal"),
+    ):
+        build("csingan", TINY, "cpu").fit(*training_set, seed=3)
+
+
+def test_weights_that_the_last_update_spoilt_are_noticed(training_set, monkeypatch):
+    poison(monkeypatch, lambda t, step: t.n == 0 and t.i == 0 and step == TINY.steps - 1 and rate(t) > TINY.lr * 0.09)
+    with pytest.warns(DivergenceWarning, match="patch 0, scale 0, step 3: weights is nan"):
+        build("csingan", TINY, "cpu").fit(*training_set, seed=3)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("crop", [None, 16])
+def test_a_step_asks_the_device_for_nothing(training_set, monkeypatch, crop):
+    original, names = scale_training.ScaleTraining.step, []
+
+    def watched(self):
+        with Operators() as operators:
+            original(self)
+        names.extend(operators.names)
+
+    monkeypatch.setattr(scale_training.ScaleTraining, "step", watched)
+    build("csingan", dataclasses.replace(TINY, crop=crop), "cpu").fit(*training_set)
+    assert "aten::native_batch_norm_backward" in names  # it did watch
+    waiting = ("item", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_to_cpu")
+    assert not [name for name in names if name.removeprefix("aten::").split(".")[0] in waiting]
+
+
+def test_a_penalty_at_every_second_update_weighs_as_much(training_set, monkeypatch):
+    seen, original = [], scale_training.critic_losses
+
+    def watched(critics, weights, shown, lambda_, mix):
+        seen.append(0.0 if mix is None else lambda_)
+        return original(critics, weights, shown, lambda_, mix)
+
+    monkeypatch.setattr(scale_training, "critic_losses", watched)
+    config = dataclasses.replace(TINY, scales=1, min_size=None, steps=1, d_steps=4, penalty_every=2)
+    build("csingan", config, "cpu").fit(*training_set)
+    assert seen[:4] == pytest.approx([0.2, 0.0, 0.2, 0.0])
 
 
 def test_progress_ends_at_its_total(training_set):

@@ -163,7 +163,7 @@ def test_a_rivals_divergence_is_reported(training_set, monkeypatch):
 
     nan = torch.tensor(float("nan"))
     monkeypatch.setattr(Pix2Pix, "_step", lambda self, *a: [nan, nan, nan])
-    with pytest.raises(DivergenceError, match="Pix2Pix: patch 0, scale 0, step 0"):
+    with pytest.raises(DivergenceError, match="Pix2Pix: network 0, step 0: critic is nan"):
         build("pix2pix", CONFIGS["pix2pix"], "cpu").fit(*training_set)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from nucseg.config import nearest
-from nucseg.gan.base import DivergenceError, Synthesizer
+from nucseg.gan.base import Synthesizer
+from nucseg.gan.divergence import Divergence, DivergenceError, DivergenceWarning
 
 # name of Table II's row -> (module, synthesiser, configuration, settings that the row fixes)
 REGISTRY: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -68,4 +69,4 @@ def _entry(name: str) -> tuple[str, str, str, dict[str, Any]]:
     return REGISTRY[name]
 
 
-__all__ = ["REGISTRY", "DivergenceError", "Synthesizer", "build", "config_class"]
+__all__ = ["REGISTRY", "Divergence", "DivergenceError", "DivergenceWarning", "Synthesizer", "build", "config_class"]

@@ -11,14 +11,11 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
+from nucseg.gan.divergence import Divergence
 from nucseg.labels import check_label_map
 
 Progress = Callable[[int, int, str], None]
 Checkpoint = Callable[[dict[str, Tensor]], None]
-
-
-class DivergenceError(RuntimeError):
-    """A training's losses are no longer finite, or have left every plausible range."""
 
 
 class Synthesizer(ABC):
@@ -37,6 +34,8 @@ class Synthesizer(ABC):
     history
         One (steps, networks, terms) float32 tensor on the CPU for each scale (or phase) already trained; `networks` is
         k1 where each patch has its own network and 1 where they share one.
+    divergences
+        What diverged on the way, where each patch has its own network and the others could go on.
     """
 
     terms: tuple[str, ...]
@@ -45,6 +44,12 @@ class Synthesizer(ABC):
         self.config = config
         self.device = torch.device(device)
         self.history: list[Tensor] = []
+        self.divergences: list[Divergence] = []
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Patches that have no usable network because theirs diverged: what `generate` returns for them is black."""
+        return tuple(sorted({d.patch for d in self.divergences if d.outcome == "left out"}))
 
     @abstractmethod
     def fit(
@@ -76,7 +81,9 @@ class Synthesizer(ABC):
         ValueError
             If shapes, dtypes or counts do not agree.
         DivergenceError
-            With patch, scale and step, when a loss is no longer finite.
+            With network and step, when a loss is no longer finite and no other network can go on. Where each patch has
+            its own network, one that diverges is trained again or given up, with a `DivergenceWarning` and an entry in
+            `divergences`, and the others go on.
         """
 
     @abstractmethod
@@ -133,17 +140,3 @@ def to_uint8(images: Float[Tensor, "... 3 h w"]) -> UInt8[np.ndarray, "... h w 3
 def foreground(labels: Integer[np.ndarray, "... h w"], device: torch.device) -> Float[Tensor, "... 1 h w"]:
     """Return m in {0, 1} of label maps: 1 inside nuclei."""
     return torch.from_numpy(labels > 0).to(device).unsqueeze(-3).float()
-
-
-def check_losses(losses: Tensor, limit: float, who: str, stage: int, first_step: int) -> None:
-    """Raise `DivergenceError` if `losses` (steps, networks, terms) hold a value that is not finite or beyond `limit`.
-
-    One transfer from the device, so call it once for many steps.
-    """
-    bad = ~(losses.abs() <= limit)  # NaN compares as False
-    if bool(bad.any()):
-        step, network, term = bad.nonzero()[0].tolist()
-        raise DivergenceError(
-            f"{who}: patch {network}, scale {stage}, step {first_step + step}: loss term {term} is "
-            f"{losses[step, network, term].item():g} (limit {limit:g}); lower the learning rate, or try another seed"
-        )

@@ -15,7 +15,8 @@ from jaxtyping import Float, Integer, UInt8
 
 from nucseg.gan.base import foreground, to_signed, to_uint8
 from nucseg.gan.losses import area_of, centre_crop
-from nucseg.gan.pyramid import PyramidConfig, PyramidSynthesizer
+from nucseg.gan.pyramid import PyramidSynthesizer
+from nucseg.gan.pyramid_config import PyramidConfig
 from nucseg.gan.scales import image_pyramid, mask_pyramid
 
 

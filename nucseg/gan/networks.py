@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nucseg.gan.fast_conv import FastConv2d
+from nucseg.gan.fast_norm import NormReLU
 
 
 class ScaleGenerator(nn.Module):
@@ -34,6 +35,12 @@ class ScaleGenerator(nn.Module):
         """Add the margin that the unpadded convolutions use up."""
         return F.pad(inputs, [self.layers] * 4)
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Return zero from now on, so that the image of the scale before passes unchanged."""
+        self.tail.weight.zero_()
+        self.tail.bias.zero_()
+
     def forward(self, padded: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         """Take an input that has its margin already: from `pad`, or cut out of a larger image."""
         return torch.tanh(self.tail(self.body(padded)))
@@ -50,11 +57,7 @@ class Critic(nn.Module):
         super().__init__()
         blocks = []
         for i in range(layers - 1):
-            blocks += [
-                FastConv2d(3 if i == 0 else channels, channels, 3, bias=False),
-                nn.BatchNorm2d(channels, track_running_stats=False),
-                nn.LeakyReLU(0.2),
-            ]
+            blocks += [FastConv2d(3 if i == 0 else channels, channels, 3, bias=False), NormReLU(channels)]
         self.net = nn.Sequential(*blocks, FastConv2d(channels, 1, 3))
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h2 w2"]:
@@ -63,12 +66,13 @@ class Critic(nn.Module):
 
 def initialise(net: nn.Module, generator: torch.Generator) -> None:
     """Draw the weights as SinGAN and pix2pix do: N(0, 0.02) for convolutions, N(1, 0.02) for normalisations."""
+    norms = nn.BatchNorm2d | NormReLU
     for module in net.modules():
         weight = getattr(module, "weight", None)
-        if weight is None or not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | FastConv2d | nn.BatchNorm2d):
+        if weight is None or not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | FastConv2d | norms):
             continue
         # Drawn on the CPU: one stream of numbers, whatever the device.
-        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+        mean = 1.0 if isinstance(module, norms) else 0.0
         with torch.no_grad():
             weight.copy_(mean + 0.02 * torch.randn(weight.shape, generator=generator))
             if module.bias is not None:

@@ -18,14 +18,17 @@ Resolutions and deviations (REFERENCE section 3)
 - Each step draws several masks (A18), and the real mask rides in the same batch: BatchNorm then has one set of
   statistics, which sampling can reuse. They are measured anew when a scale is finished.
 - Within a step the generator runs once: its images do not change while the critics update.
+- A patch whose training diverges repeats the scale once, from its start, at a lower learning rate, while the others go
+  on. If it diverges again, this scale only enlarges the image of the one before; at the coarsest scale, where there is
+  none, the patch is left out. Either is warned of and recorded in `divergences`.
 - The learning rate falls at 80 % of a scale's steps, as in SinGAN (the released schedule ends before its decay).
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,135 +39,17 @@ from nucseg.gan.base import (
     Checkpoint,
     Progress,
     Synthesizer,
-    check_losses,
     check_masks,
     check_pairs,
     foreground,
     to_uint8,
 )
+from nucseg.gan.divergence import Divergence, DivergenceError, DivergenceWarning, first_divergences
 from nucseg.gan.networks import Critic, ScaleGenerator, initialise
 from nucseg.gan.parallel import ParallelStep
-from nucseg.gan.scale_training import ScaleTraining, StepBuffers, TrainingData
+from nucseg.gan.pyramid_config import PyramidConfig
+from nucseg.gan.scale_training import Below, ScaleTraining, StepBuffers, TrainingData
 from nucseg.gan.scales import mask_pyramid, paint, upsample
-
-
-@dataclass(frozen=True)
-class PyramidConfig:
-    """Settings that CSinGAN and SinGAN share; defaults are CSinGAN's (REFERENCE 2.3 and A16-A26).
-
-    Attributes
-    ----------
-    scales, min_size
-        Number of scales, and the coarsest one's side in pixels (None: half the patch). Sides in between are
-        geometric, rounded up: 128, 153, 182, 216, 256 for a patch of 256 (A17).
-    channels, max_channels, layers
-        Width at the coarsest scale, doubled every 4 scales up to `max_channels`; convolutions in each network.
-    steps
-        Generator steps per scale (A18).
-    masks_per_step
-        Synthetic masks in one batch.
-    crop
-        Train on random windows of this many pixels instead of whole images, one place for a whole batch; None: whole
-        images. Receptive fields are 2 * `layers` + 1 pixels, so a window is a smaller sample of the same losses: for
-        slow devices.
-    d_steps, g_steps
-        Updates of the critics and of the generator in one step (A25).
-    lr, betas
-        Adam, for generators and critics.
-    decay_at, decay
-        After this share of a scale's steps the learning rate is multiplied by `decay`.
-    alpha
-        Weight of L_REC (A16).
-    lambda_
-        Weight of the gradient penalty in Eq. 4.
-    noise_amplitude
-        Noise at finer scales, in units of the RMSE between the real patch and the upsampled reconstruction.
-    coarse_noise
-        Noise at the coarsest scale (1 in the released code and SinGAN). The reconstruction sees none, so the more noise
-        there is, the less L_REC teaches about synthetic masks; a short training wants little.
-    masked_average
-        Average a critic's map over its mask area (A20); False: over all positions.
-    min_area
-        A critic of nuclei or background compares nothing in a batch where it has less than this share of the image.
-    calibration_steps
-        Batches over which the generators' BatchNorm statistics are measured when a scale is finished.
-    check_every
-        Steps between two looks at the losses (each waits for the device once).
-    divergence_limit
-        A loss term beyond this counts as diverged.
-    cuda_graph
-        On CUDA, record the step of all GANs in one graph; False runs them eagerly, one after the other.
-    deterministic, tf32
-        On CUDA: only kernels that give the same result every time; 19-bit products in convolutions.
-    generate_batch
-        Masks painted at once in `generate`.
-    """
-
-    scales: int = 5
-    min_size: int | None = None
-    channels: int = 32
-    max_channels: int = 128
-    layers: int = 5
-    steps: int = 2000
-    masks_per_step: int = 4
-    crop: int | None = None
-    d_steps: int = 3
-    g_steps: int = 1
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.5, 0.999)
-    decay_at: float = 0.8
-    decay: float = 0.1
-    alpha: float = 10.0
-    lambda_: float = 0.1
-    noise_amplitude: float = 0.1
-    coarse_noise: float = 1.0
-    masked_average: bool = True
-    min_area: float = 0.01
-    calibration_steps: int = 10
-    check_every: int = 100
-    divergence_limit: float = 1e8
-    cuda_graph: bool = True
-    deterministic: bool = True
-    tf32: bool = True
-    generate_batch: int = 16
-
-    def __post_init__(self):
-        for name in ("scales", "channels", "max_channels", "steps", "masks_per_step", "g_steps", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("d_steps", "calibration_steps", "generate_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("alpha", "lambda_", "noise_amplitude", "coarse_noise", "decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.layers < 2:
-            raise ValueError(f"layers must be at least 2, got {self.layers}")
-        if self.crop is not None and self.crop <= 2 * self.layers:
-            raise ValueError(f"crop must exceed 2 * layers = {2 * self.layers}, got {self.crop}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 < self.decay_at <= 1:
-            raise ValueError(f"decay_at must be in (0, 1], got {self.decay_at}")
-        if self.min_size is not None and self.min_size <= 2 * self.layers:
-            raise ValueError(f"min_size must exceed 2 * layers = {2 * self.layers}, got {self.min_size}")
-
-    def sizes(self, size: int) -> tuple[int, ...]:
-        """Sides of the images at every scale, coarsest first, for patches of `size` pixels."""
-        low = self.min_size if self.min_size is not None else size // 2
-        if self.scales == 1:
-            return (size,)
-        if not 2 * self.layers < low < size:
-            raise ValueError(
-                f"patches of {size} px cannot have {self.scales} scales from {low} px with {self.layers} layers: "
-                f"min_size must be above {2 * self.layers} and below {size}"
-            )
-        ratio = (size / low) ** (1 / (self.scales - 1))
-        return (*(math.ceil(round(low * ratio**n, 6)) for n in range(self.scales - 1)), size)
-
-    def width(self, scale: int) -> int:
-        """Channels of the networks at one scale."""
-        return min(self.channels * 2 ** (scale // 4), self.max_channels)
 
 
 class PyramidSynthesizer(Synthesizer):
@@ -211,7 +96,10 @@ class PyramidSynthesizer(Synthesizer):
             )
         self.size, self.seed = size, seed
         with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=self.config.deterministic, allow_tf32=self.config.tf32
+            enabled=True,
+            benchmark=self.config.benchmark,  # the steps before a recording choose the kernels that it uses
+            deterministic=self.config.deterministic,
+            allow_tf32=self.config.tf32,
         ):
             data = TrainingData(images, labels, masks, sizes, self.device)
             for n in range(len(self.generators), len(sizes)):
@@ -223,7 +111,11 @@ class PyramidSynthesizer(Synthesizer):
     def generate(self, masks, seed=0):
         self._check_trained()
         check_masks(masks, len(self.generators[0]), self.size)
-        return np.stack([self._generate_patch(i, masks[i], seed) for i in range(len(masks))])
+        painted = [
+            np.zeros((*m.shape, 3), np.uint8) if i in self.left_out else self._generate_patch(i, m, seed)
+            for i, m in enumerate(masks)
+        ]
+        return np.stack(painted)
 
     @torch.no_grad()
     def _generate_patch(self, i: int, masks: np.ndarray, seed: int) -> UInt8[np.ndarray, "count s s 3"]:
@@ -273,48 +165,111 @@ class PyramidSynthesizer(Synthesizer):
 
     def _train_scale(self, n: int, data: TrainingData, progress: Progress | None) -> None:
         config, k1 = self.config, data.k1
-        draw = torch.Generator(self.device).manual_seed(_seed(self.seed, n, 0))
         init = torch.Generator().manual_seed(_seed(self.seed, n, 2))
         if n == 0 and self.fixed_noise:
             self.fixed = torch.randn(k1, 3, data.sizes[0], data.sizes[0], generator=init).to(self.device)
         generators, critics = self._new_networks(n, k1, init)
-        with torch.no_grad():
-            previous = [self._previous_reconstruction(i, n, data) for i in range(k1)]
-            amplitude = torch.full((k1,), config.coarse_noise, device=self.device)
-            if n:
-                error = torch.cat(previous) - data.images[n]
-                amplitude = config.noise_amplitude * error.square().mean((1, 2, 3)).sqrt()
-        self.amplitudes.append(amplitude)
+        below = self._below(n, data)
+        self.amplitudes.append(torch.stack([b.amplitude for b in below]))
+        patches = [i for i in range(k1) if i not in self.left_out]
+        losses = torch.full((config.steps, k1, len(self.terms)), float("nan"))
 
-        buffers = StepBuffers(data, n, config, len(self.terms), self.device)
-        trainings = [
-            ScaleTraining(self, n, i, data, buffers, previous[i], generators[i], critics[i]) for i in range(k1)
-        ]
-        losses = torch.zeros(config.steps, k1, len(self.terms), device=self.device)
-        decay_step, checked = round(config.decay_at * config.steps), 0
-        with ParallelStep([t.step for t in trainings], self.device, config.cuda_graph) as step_all:
+        def train(patches: list[int], lr: float, attempt: int) -> set[int]:
+            buffers = StepBuffers(data, n, config, len(self.terms), self.device)
+            trainings = {
+                i: ScaleTraining(config, self.weights(), n, i, data, buffers, below[i], generators[i], critics[i], lr,
+                                 self.conditional)
+                for i in patches
+            }  # fmt: skip
+            draw = torch.Generator(self.device).manual_seed(_seed(self.seed, n, 3 * attempt))
+            ours, found = self._run(n, trainings, buffers, draw, progress)
+            losses[:, patches] = ours[:, patches]
+            outcome = "restarted" if not attempt else "skipped" if n else "left out"
+            for i, (step, term, value) in found.items():
+                name = self.terms[term] if term < len(self.terms) else "weights"
+                divergence = Divergence(i, n, step, name, value, outcome)
+                self.divergences.append(divergence)
+                warnings.warn(f"{type(self).__name__}: {divergence}", DivergenceWarning, stacklevel=4)
+            for i in set(patches) - set(found):
+                trainings[i].calibrate(draw)
+            return set(found)
+
+        # The networks are independent of each other: one that diverges takes no other with it.
+        for attempt, lr in enumerate((config.lr, config.lr * config.restart_lr)):
+            diverged = sorted(train(patches, lr, attempt)) if patches else []
+            if diverged:  # back to the scale's start
+                fresh = self._new_networks(n, k1, torch.Generator().manual_seed(_seed(self.seed, n, 4 + attempt)))
+                for i in diverged:
+                    generators[i], critics[i] = fresh[0][i], fresh[1][i]
+            patches = diverged
+        for i in {*patches, *self.left_out}:
+            generators[i].silence()
+        if len(self.left_out) == k1:
+            raise DivergenceError(f"{type(self).__name__}: every training diverged: {self.divergences[-1]}")
+        for net in generators:
+            net.eval().requires_grad_(False)
+        self.generators.append(generators)
+        self.critics = critics
+        self.history.append(losses)
+
+    def _run(
+        self,
+        n: int,
+        trainings: dict[int, ScaleTraining],
+        buffers: StepBuffers,
+        draw: torch.Generator,
+        progress: Progress | None,
+    ) -> tuple[Tensor, dict[int, tuple[int, int, float]]]:
+        """Train one scale; return the losses, (steps, k1, terms) on the CPU, and what diverged, by patch."""
+        config, found, checked = self.config, {}, 0
+        losses = torch.zeros(config.steps, *buffers.losses.shape, device=self.device)
+        decay_step = round(config.decay_at * config.steps)
+        steps = [training.step for training in trainings.values()]
+        with ParallelStep(steps, self.device, config.cuda_graph) as step_all:
             for step in range(config.steps):
                 if step == decay_step:
-                    for training in trainings:
+                    for training in trainings.values():
                         training.scale_learning_rate(config.decay)
                 buffers.refill(draw)
                 step_all()
                 losses[step].copy_(buffers.losses)
                 last = step + 1 == config.steps
                 if (step + 1) % config.check_every == 0 or last:
-                    check_losses(losses[checked : step + 1], config.divergence_limit, type(self).__name__, n, checked)
+                    new = first_divergences(losses[checked : step + 1], config.divergence_limit, checked)
+                    found = {**new, **found}
+                    for i in new:
+                        trainings[i].stopped = True
                     checked = step + 1
                 if progress is not None and ((step + 1) % max(1, config.steps // 50) == 0 or last):
-                    text = f"{type(self).__name__} scale {n + 1}/{config.scales}, {data.sizes[n]} px, {k1} patches"
+                    text = (
+                        f"{type(self).__name__} scale {n + 1}/{config.scales}, {buffers.side} px, {len(steps)} patches"
+                    )
                     progress(n * config.steps + step + 1, config.scales * config.steps, text)
+                if len(found) == len(trainings):
+                    break
+        # The last update comes after the last loss.
+        finite = torch.stack([training.finite() for training in trainings.values()]).tolist()
+        for i, fine in zip(trainings, finite, strict=True):
+            if not fine:
+                found.setdefault(i, (config.steps - 1, len(self.terms), float("nan")))
+        return losses.cpu(), found
 
-        for training in trainings:
-            training.calibrate(draw)
-        for net in generators:
-            net.eval().requires_grad_(False)
-        self.generators.append(generators)
-        self.critics = critics
-        self.history.append(losses.cpu())
+    @torch.no_grad()
+    def _below(self, n: int, data: TrainingData) -> list[Below]:
+        """Return what the finished scales hand to scale n, for each patch."""
+        below = []
+        for i in range(data.k1):
+            noise = self.reconstruction_noise(i, n, data.sizes[n])
+            amplitude, previous = torch.tensor(self.config.coarse_noise, device=self.device), None
+            if n:
+                masks = [m[i : i + 1] for m in data.real_masks[:n]] if self.conditional else None
+                earlier = [self.reconstruction_noise(i, j, data.sizes[j]) for j in range(n)]
+                previous = upsample(self.chain(i, n, masks, earlier)[-1], data.sizes[n])
+                error = previous - data.images[n][i : i + 1]
+                amplitude = self.config.noise_amplitude * error.square().mean().sqrt()
+            paint = functools.partial(lambda i, masks, noise: self.chain(i, n, masks, noise)[-1], i)
+            below.append(Below(amplitude, amplitude * noise, previous, paint))
+        return below
 
     def _new_networks(self, n: int, k1: int, init: torch.Generator) -> tuple[list[ScaleGenerator], list[nn.ModuleDict]]:
         """Make the networks of scale n; they start from those of the scale before where the widths agree."""
@@ -336,13 +291,6 @@ class PyramidSynthesizer(Synthesizer):
             critics = [nn.ModuleDict({r: Critic(width, layers) for r in self.weights()}) for _ in range(k1)]
         return generators, critics
 
-    def _previous_reconstruction(self, i: int, n: int, data: TrainingData) -> Tensor | None:
-        if n == 0:
-            return None
-        masks = [m[i : i + 1] for m in data.real_masks[:n]] if self.conditional else None
-        noise = [self.reconstruction_noise(i, j, data.sizes[j]) for j in range(n)]
-        return upsample(self.chain(i, n, masks, noise)[-1], data.sizes[n])
-
     # -- state
 
     def to_tensors(self):
@@ -362,6 +310,13 @@ class PyramidSynthesizer(Synthesizer):
             tensors[f"critic.{key}"] = stacked
         if self.fixed is not None:
             tensors["fixed"] = self.fixed.cpu()
+        if self.divergences:
+            names = (*self.terms, "weights")
+            rows = [
+                (d.patch, d.scale, d.step, names.index(d.term), d.value, d.OUTCOMES.index(d.outcome))
+                for d in self.divergences
+            ]
+            tensors["divergences"] = torch.tensor(rows, dtype=torch.float64)
         return tensors
 
     def from_tensors(self, tensors):
@@ -381,6 +336,10 @@ class PyramidSynthesizer(Synthesizer):
             self.amplitudes.append(tensors[f"scale{n}.amplitude"].to(self.device))
             self.history.append(tensors[f"scale{n}.history"].cpu())
         self.fixed = tensors["fixed"].to(self.device) if "fixed" in tensors else None
+        names, rows = (*self.terms, "weights"), tensors["divergences"].tolist() if "divergences" in tensors else []
+        self.divergences = [
+            Divergence(*map(int, row[:3]), names[int(row[3])], row[4], Divergence.OUTCOMES[int(row[5])]) for row in rows
+        ]
         return self
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nucseg.gan.base import foreground, to_signed
-from nucseg.gan.losses import critic_losses, generator_loss
+from nucseg.gan.losses import critic_losses, generator_loss, views
+from nucseg.gan.networks import ScaleGenerator
+from nucseg.gan.pyramid_config import PyramidConfig
 from nucseg.gan.scales import image_pyramid, inputs_of, mask_pyramid, upsample, window
-
-if TYPE_CHECKING:
-    from nucseg.gan.pyramid import PyramidConfig, PyramidSynthesizer
 
 
 class TrainingData:
@@ -38,7 +39,7 @@ class StepBuffers:
         self.count = data.count
         self.index = torch.zeros(k1, b, dtype=torch.int64, device=device)  # which masks
         self.noise = [torch.zeros(k1, b, 3, s, s, device=device) for s in data.sizes[: n + 1]]
-        side = data.sizes[n]
+        self.side = side = data.sizes[n]
         self.crop = config.crop if config.crop is not None and config.crop < side else None
         self.places = 1 if self.crop is None else side - self.crop + 1
         self.corner = torch.zeros(k1, 2, dtype=torch.int64, device=device)  # of the window
@@ -54,27 +55,78 @@ class StepBuffers:
             self.corner.random_(0, self.places, generator=draw)
 
 
+@dataclass(frozen=True)
+class Below:
+    """What the finished scales of a patch hand to the one in training.
+
+    Attributes
+    ----------
+    amplitude
+        Scalar tensor: of this scale's noise.
+    real_noise
+        The noise of the reconstruction at this scale, (1, 3, h, h).
+    real_previous
+        The reconstruction of the scale before, enlarged, (1, 3, h, h); None at the coarsest scale.
+    paint
+        Masks (None if unconditional) and noise of every finished scale -> image of the last one.
+    """
+
+    amplitude: Float[Tensor, ""]
+    real_noise: Float[Tensor, "1 3 h h"]
+    real_previous: Float[Tensor, "1 3 h h"] | None
+    paint: Callable[[list[Tensor] | None, list[Tensor]], Tensor]
+
+
 class ScaleTraining:
-    """One GAN at one scale: its networks, its optimisers, and its step."""
+    """One GAN at one scale: its networks, its optimisers, and its step.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    weights
+        Weight of each critic of `critics`.
+    n, i
+        Scale and patch.
+    data, buffers
+        All patches' images and masks, and all patches' draws.
+    below
+        From the finished scales.
+    generator, critics
+        The networks to train.
+    lr
+        Learning rate of the first step.
+    conditional
+        Is the mask an input of the generator?
+    """
 
     def __init__(
-        self, owner: PyramidSynthesizer, n, i, data: TrainingData, buffers: StepBuffers, previous, generator, critics
+        self,
+        config: PyramidConfig,
+        weights: Mapping[str, float],
+        n: int,
+        i: int,
+        data: TrainingData,
+        buffers: StepBuffers,
+        below: Below,
+        generator: ScaleGenerator,
+        critics: nn.ModuleDict,
+        lr: float,
+        conditional: bool,
     ):
-        self.owner, self.n, self.i, self.data, self.buffers = owner, n, i, data, buffers
-        self.config, self.weights = owner.config, owner.weights()
-        self.generator, self.critics = generator, critics
+        self.config, self.weights, self.n, self.i, self.data, self.buffers = config, weights, n, i, data, buffers
+        self.below, self.generator, self.critics, self.conditional = below, generator, critics, conditional
         self.real = data.images[n][i : i + 1]
         self.real_mask = data.real_masks[n][i : i + 1]
-        self.real_previous = previous
-        self.real_noise = owner.amplitudes[n][i] * owner.reconstruction_noise(i, n, data.sizes[n])
-        self.optimizer_g = self._adam(generator)
-        self.optimizer_d = self._adam(critics)
+        self.optimizer_g = self._adam(generator, lr)
+        self.optimizer_d = self._adam(critics, lr)
+        self.stopped = False  # leaves the step out, where it is not recorded
 
-    def _adam(self, net: nn.Module) -> torch.optim.Adam:
+    def _adam(self, net: nn.Module, lr: float) -> torch.optim.Adam:
         cuda = self.real.device.type == "cuda"
         # A recorded graph reads the learning rate from where it is: a tensor on the device.
-        lr = torch.tensor(self.config.lr, device=self.real.device) if cuda else self.config.lr
-        return torch.optim.Adam(net.parameters(), lr=lr, betas=self.config.betas, fused=True, capturable=cuda)
+        rate = torch.tensor(lr, device=self.real.device) if cuda else lr
+        return torch.optim.Adam(net.parameters(), lr=rate, betas=self.config.betas, fused=True, capturable=cuda)
 
     def scale_learning_rate(self, factor: float) -> None:
         for optimizer in (self.optimizer_g, self.optimizer_d):
@@ -83,26 +135,38 @@ class ScaleTraining:
 
     def step(self) -> None:
         """`d_steps` updates of the critics, then `g_steps` of the generator; nothing waits for the device."""
+        if self.stopped:
+            return
         config, critics, weights = self.config, self.critics, self.weights
         inputs, previous, mask = self._batch()
         real, real_mask = self._cut(self.real), self._cut(self.real_mask)
-        both = self.generator(inputs) + previous
+        both, shown = self._paint(inputs, previous, mask, real, real_mask)
+        penalised = range(0, config.d_steps, config.penalty_every)
+        lambda_ = config.lambda_ * config.d_steps / len(penalised)
         for d in range(config.d_steps):
-            loss, distances, penalty = critic_losses(
-                critics, weights, real, real_mask, both[:-1], mask, self.buffers.mix[self.i, d],
-                config.lambda_, config.masked_average, config.min_area,
-            )  # fmt: skip
+            mix = self.buffers.mix[self.i, d] if d in penalised else None
+            loss, distances, gp = critic_losses(critics, weights, shown, lambda_, mix)
+            if gp is not None:
+                penalty = gp
             _update(self.optimizer_d, loss, critics)
         critics.requires_grad_(False)  # spares their weights' gradients, which nobody wants here
         for g in range(config.g_steps):
             if g:
-                both = self.generator(inputs) + previous
-            adversarial = generator_loss(critics, weights, both[:-1], mask, config.masked_average, config.min_area)
+                both, shown = self._paint(inputs, previous, mask, real, real_mask)
+            adversarial = generator_loss(critics, weights, shown)
             reconstruction = F.mse_loss(both[-1:], real)
             _update(self.optimizer_g, adversarial + config.alpha * reconstruction, self.generator)
         critics.requires_grad_(True)
         row = [*distances.values(), penalty, adversarial.detach(), reconstruction.detach()]
         self.buffers.losses[self.i].copy_(torch.stack(row))
+
+    def _paint(self, inputs, previous, mask, real, real_mask):
+        """Paint the batch, and mask it for each critic."""
+        config = self.config
+        both = self.generator(inputs) + previous
+        return both, views(
+            self.weights, real, real_mask, both[:-1], mask, config.layers, config.masked_average, config.min_area
+        )
 
     @torch.no_grad()
     def _batch(self, crop: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,15 +174,15 @@ class ScaleTraining:
 
         Returns the generator's padded inputs and the previous images, (b + 1, ...), and the synthetic masks, (b, ...).
         """
-        n, i, owner = self.n, self.i, self.owner
+        n, i, below = self.n, self.i, self.below
         masks = [self.data.masks[j][i].index_select(0, self.buffers.index[i]).float() for j in range(n + 1)]
         noise = [z[i] for z in self.buffers.noise]
-        here = torch.cat([owner.amplitudes[n][i] * noise[n], self.real_noise])
+        here = torch.cat([below.amplitude * noise[n], below.real_noise])
         previous = None
         if n:
-            below = owner.chain(i, n, masks if owner.conditional else None, noise)[-1]
-            previous = torch.cat([upsample(below, self.data.sizes[n]), self.real_previous])
-        mask = torch.cat([masks[n], self.real_mask]) if owner.conditional else None
+            painted = below.paint(masks[:n] if self.conditional else None, noise[:n])
+            previous = torch.cat([upsample(painted, self.data.sizes[n]), below.real_previous])
+        mask = torch.cat([masks[n], self.real_mask]) if self.conditional else None
         inputs = self.generator.pad(inputs_of(mask, here, previous))
         if previous is None:
             previous = torch.zeros_like(here)
@@ -131,6 +195,12 @@ class ScaleTraining:
         if self.buffers.crop is None:
             return images
         return window(images, self.buffers.corner[self.i], self.buffers.crop + 2 * margin)
+
+    @torch.no_grad()
+    def finite(self) -> Tensor:
+        """Are all weights of the generator and the critics finite? A scalar tensor on the device."""
+        parameters = [*self.generator.parameters(), *self.critics.parameters()]
+        return torch.stack([p.isfinite().all() for p in parameters]).all()
 
     @torch.no_grad()
     def calibrate(self, draw: torch.Generator) -> None:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from nucseg.gan.base import check_pairs
-from nucseg.gan.pyramid import PyramidConfig, PyramidSynthesizer
+from nucseg.gan.pyramid import PyramidSynthesizer
+from nucseg.gan.pyramid_config import PyramidConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nucseg.gan.base import Synthesizer, check_losses, check_masks, check_pairs, foreground, to_signed, to_uint8
+from nucseg.gan.base import Synthesizer, check_masks, check_pairs, foreground, to_signed, to_uint8
+from nucseg.gan.divergence import check_losses
 from nucseg.gan.networks import SeededDropout, initialise
 
 
@@ -126,7 +127,9 @@ class TranslationSynthesizer(Synthesizer):
                 losses[step, 0].copy_(torch.stack(row))
                 step += 1
                 if step % config.check_every == 0 or step == len(losses):
-                    check_losses(losses[checked:step], config.divergence_limit, type(self).__name__, 0, checked)
+                    check_losses(
+                        losses[checked:step], config.divergence_limit, type(self).__name__, checked, self.terms
+                    )
                     checked = step
                 if progress is not None and (step % max(1, len(losses) // 50) == 0 or step == len(losses)):
                     progress(step, len(losses), f"{type(self).__name__}, {size} px, {k1} patches")
