@@ -9,6 +9,8 @@ from scipy import ndimage
 
 from nucseg.labels import check_label_map, relabel
 
+_CLOSE = 4  # background pixels between two nuclei that stand close
+
 
 @dataclass(frozen=True)
 class MaskConfig:
@@ -28,8 +30,8 @@ class MaskConfig:
         Instances of fewer pixels are neither put in E nor kept after the crop.
     touch
         Chance that a nucleus is set against a neighbour instead of keeping its disc R_q free. 0: all keep it, and at
-        least one background pixel lies between any two. None: so often that as many touch as in the source patch.
-        Nuclei never overlap.
+        least one background pixel lies between any two. None: so often that as many stand close and as many touch as
+        in the source patch. Nuclei never overlap.
     copies
         Augmented copies of the patch that fill E; the first is the patch itself.
     crop
@@ -50,7 +52,7 @@ class MaskConfig:
     touch: float | None = 0.0
     copies: int = 6
     crop: float = 0.8
-    tries: int = 256
+    tries: int = 128
     passes: int = 20
     redraws: int = 5
 
@@ -111,15 +113,18 @@ class Pool:
         For each nucleus of the patch, its probability; they sum to 1.
     whole
         False when E had to be filled with nuclei cut by the patch's border.
-    touch
-        `MaskConfig.touch`, measured on the patch where that is None.
+    beside
+        Chance that a nucleus is set beside a neighbour: `MaskConfig.touch`, measured on the patch where that is None.
+    contact
+        Chance that one set beside a neighbour touches it; otherwise one background pixel stays free.
     """
 
     nuclei: tuple[Nucleus, ...]
     members: tuple[tuple[int, ...], ...]
     weights: np.ndarray
     whole: bool
-    touch: float
+    beside: float
+    contact: float
 
 
 def _nucleus(mask: np.ndarray, source: int) -> Nucleus:
@@ -155,14 +160,25 @@ def _turned(mask: np.ndarray, angle: float, flip: bool) -> np.ndarray:
     return _largest_part(soft >= np.partition(soft, -int(mask.sum()), axis=None)[-int(mask.sum())])
 
 
-def touching_share(labels: np.ndarray) -> float:
-    """Return the share of nuclei in a label map that touch another one (8-neighbours), 0..1."""
+def touching_share(labels: np.ndarray, gap: int = 0) -> float:
+    """Return the share of nuclei in a label map that another one touches (8-neighbours), 0..1.
+
+    With `gap` above 0: that have another one with at most so many background pixels (rows or columns) in between.
+    """
     check_label_map(labels)
-    far = int(labels.max(initial=0)) + 1
-    high = ndimage.maximum_filter(labels, 3)
-    low = ndimage.minimum_filter(np.where(labels == 0, far, labels), 3)
+    far, window = int(labels.max(initial=0)) + 1, 3 + 2 * gap
+    high = ndimage.maximum_filter(labels, window)
+    low = ndimage.minimum_filter(np.where(labels == 0, far, labels), window)
     touching = np.unique(labels[(labels > 0) & ((high != labels) | (low != labels))]).size
     return touching / max(np.unique(labels[labels > 0]).size, 1)
+
+
+def _set_beside(share: float) -> float:
+    """Return how often to set a nucleus beside another so that `share` of all have one there.
+
+    A nucleus has one if it was set beside another, or another beside it: share = 1 - (1 - chance)^2.
+    """
+    return 1 - float(np.sqrt(1 - share))
 
 
 def nucleus_pool(labels: np.ndarray, seed: int = 0, config: MaskConfig = MaskConfig()) -> Pool:
@@ -218,7 +234,10 @@ def nucleus_pool(labels: np.ndarray, seed: int = 0, config: MaskConfig = MaskCon
                 nuclei.append(_nucleus(turned, source))
     # A nucleus h x w lies whole in an H x W window with a chance of (H - h)(W - w) / HW: the others were cut away.
     weights = np.array([1.0 / (max(height - (b - t), 1) * max(width - (r - le), 1)) for _, (t, le, b, r) in usable])
-    # A nucleus touches if it was set against another, or another against it: share = 1 - (1 - touch)^2.
-    touch = 1 - float(np.sqrt(1 - touching_share(labels))) if config.touch is None else config.touch
+    beside, contact = config.touch, 1.0
+    if beside is None:
+        touching = _set_beside(touching_share(labels))
+        beside = _set_beside(touching_share(labels, _CLOSE))
+        contact = touching / beside if beside else 1.0
     weights = weights if whole else np.ones(len(usable))
-    return Pool(tuple(nuclei), tuple(map(tuple, members)), weights / weights.sum(), bool(whole), touch)
+    return Pool(tuple(nuclei), tuple(map(tuple, members)), weights / weights.sum(), bool(whole), beside, contact)
