@@ -1,0 +1,5 @@
+"""``python -m nucseg`` is the ``nucseg`` command."""
+
+from nucseg.cli import main
+
+main()
