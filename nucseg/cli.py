@@ -109,20 +109,11 @@ def status(
 
 @app.command()
 def tables(profile: ProfileOption = "sample", dataset: DatasetOption = "") -> None:
-    """Make Tables I to VI, and S, from results.csv alone, as CSV, Markdown, LaTeX and HTML."""
-    from nucseg import beyond
+    """Make Tables I to VI, S and B and their figures from results.csv alone: CSV, Markdown, LaTeX, HTML and PNG."""
     from nucseg.profiles import load_profile
-    from nucseg.results import read_results
-    from nucseg.store import published
-    from nucseg.tables import write_all, write_table
+    from nucseg.report import make_report
 
-    settings = load_profile(profile)
-    name, folder = dataset or settings.dataset, published("tables", settings.name)
-    paths = list(write_all(settings.name, name, settings.grid))
-    if (folder / "results.csv").is_file():
-        extra = beyond.strategy_table(read_results(folder / "results.csv"), name, settings.grid)
-        paths += write_table(extra, folder) if extra else ()
-    for path in paths:
+    for path in make_report(load_profile(profile), dataset).write():
         typer.echo(path)
 
 

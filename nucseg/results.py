@@ -92,7 +92,7 @@ def check_results(frame: pd.DataFrame, where: str = "results") -> pd.DataFrame:
             bad |= values != values.round()
         if bad.any():
             line = frame.loc[bad].iloc[0]
-            raise ResultsError(f"{where}: {name} is {line[name]!r} for image {line['image_id']}, run {line['run_id']}")
+            raise ResultsError(f"{where}: {name} is {line[name]} for image {line['image_id']}, run {line['run_id']}")
         frame[name] = values.astype("int64" if name in _INTEGERS else "float64")
     for name in TEXT:
         frame[name] = frame[name].fillna("").astype(str)
@@ -118,9 +118,7 @@ def _counts(frame: pd.DataFrame, where: str) -> pd.Series:
     bad = given & (values.isna() | (values < 0) | (values != values.round()))
     if bad.any():
         line = frame.loc[bad].iloc[0]
-        raise ResultsError(
-            f"{where}: {COUNTED} is {line[COUNTED]!r} for image {line['image_id']}, run {line['run_id']}"
-        )
+        raise ResultsError(f"{where}: {COUNTED} is {line[COUNTED]} for image {line['image_id']}, run {line['run_id']}")
     return values.astype("Int64")  # which has a missing value, and is written without a decimal point
 
 

@@ -31,10 +31,11 @@ def table_4_of_all(
     for dataset in datasets:
         one, name = make_table("IV", results, dataset, settings, reasons=reasons).frame, named(dataset)
         if frame.empty:
-            frame = one[["row", "id"]].copy()
+            frame = one[["row", "id", "status"]].copy()
         # A row with results somewhere names its substitute segmenter.
         frame["row"] = frame["row"].where(~one["row"].str.contains("[run with", regex=False), one["row"])
         frame[f"{name} status"] = one["status"]
+        frame["status"] = frame["status"].where(one["status"] != "run", "run")  # of any dataset
         for metric in ("AJI", "Dice"):
             if dataset in DATASET_NAMES:
                 frame[f"paper {name} {metric}"] = one[f"paper {metric}"]

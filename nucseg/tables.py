@@ -16,19 +16,16 @@ import numpy as np
 import pandas as pd
 
 from nucseg import table_formats, table_notes
-from nucseg.experiments import SEGMENTERS, TABLES, Experiment, GridSettings, Row, experiments_of, rows
+from nucseg.experiments import TABLES, Experiment, GridSettings, Row, experiments_of, rows
 from nucseg.results import (
     COUNTED,
     EXPERIMENT,
     SCORES,
     ResultsError,
     check_results,
-    empty_results,
-    read_results,
-    read_runs,
 )
 from nucseg.stats import effect_size, holm, paired_tests
-from nucseg.store import published, write_text
+from nucseg.store import write_text
 
 NOT_IN_PROFILE = "not run in this profile"
 NOT_YET = "not run yet"
@@ -38,14 +35,14 @@ METRIC_NAMES = {"aji": "AJI", "dice": "Dice", "aji_seen": "AJI-s", "aji_unseen":
 COMPARISON = ("mean difference", "CI low", "CI high", "t p", "t p Holm", "Wilcoxon p", "Wilcoxon p Holm", "effect size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """A table ready to be written.
 
     Attributes
     ----------
     number, dataset, profile, title
-        ``"I"`` to ``"VI"``, what it was run on, with which profile, and what it shows.
+        ``"I"`` to ``"VI"``, ``"S"`` or ``"B"``; what it was run on, with which profile, and what it shows.
     frame
         One line per row: numbers unrounded, NaN where there is none. Columns headed ``paper`` hold printed numbers,
         those headed ``ours`` what was measured here.
@@ -64,6 +61,9 @@ class Table:
     def caption(self) -> str:
         """The line above the table."""
         return f"Table {self.number}. {self.title} ({named(self.dataset)}, {self.profile})"
+
+    def __repr__(self) -> str:
+        return self.caption
 
     def _repr_html_(self) -> str:
         header, cells = table_formats.cells(self.frame)
@@ -193,41 +193,6 @@ def write_table(table: Table, folder: str | Path, suffix: str = "") -> tuple[Pat
     for path, text in zip(paths, texts.values(), strict=True):
         write_text(path, text)
     return paths
-
-
-def profile_tables(
-    profile: str, dataset: str, settings: GridSettings, folder: str | Path | None = None
-) -> tuple[Table, ...]:
-    """Make all six tables of a profile from the ``results.csv`` and ``runs.csv`` in its folder.
-
-    Parameters
-    ----------
-    profile, dataset, settings
-        The profile's name, what it ran on, and its grid.
-    folder
-        Where the results are; ``tables/<profile>`` when None. Without results every row says that it was not run.
-    """
-    from nucseg.models import REGISTRY  # which segmenters exist; their code is not loaded
-
-    folder = published("tables", profile) if folder is None else Path(folder)
-    results, runs = folder / "results.csv", folder / "runs.csv"
-    lines = read_results(results) if results.is_file() else empty_results()
-    return make_tables(
-        lines[lines["profile"] == profile],
-        dataset,
-        settings,
-        runs=read_runs(runs) if runs.is_file() else None,
-        reasons={name: NO_MODEL for name in SEGMENTERS if name not in REGISTRY},
-    )
-
-
-def write_all(
-    profile: str, dataset: str, settings: GridSettings, folder: str | Path | None = None, suffix: str = ""
-) -> tuple[Path, ...]:
-    """Make and write all six tables of a profile; arguments are those of `profile_tables` and `write_table`."""
-    folder = published("tables", profile) if folder is None else Path(folder)
-    made = profile_tables(profile, dataset, settings, folder)
-    return tuple(path for table in made for path in write_table(table, folder, suffix))
 
 
 def one_profile(lines: pd.DataFrame) -> str:

@@ -1,37 +1,110 @@
+"""Tables S and B, and the label-budget curve. All numbers here are made up."""
+
+import dataclasses
 import itertools
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from nucseg.beyond import strategy_experiments, strategy_frame, strategy_table
+from nucseg import beyond
+from nucseg.beyond import (
+    budget_curve,
+    budget_experiments,
+    budget_frame,
+    budget_table,
+    experiments,
+    strategy_experiments,
+    strategy_frame,
+    strategy_ranks,
+    strategy_table,
+)
 from nucseg.config import to_plain
-from nucseg.experiments import GridSettings
-from nucseg.results import RESULT_COLUMNS
+from nucseg.experiments import TABLES, GridSettings, grid
+from nucseg.results import RESULT_COLUMNS, ResultsError
 from nucseg.selection import STRATEGIES
 from nucseg.tables import write_table
 
 SETTINGS = GridSettings(k1={"kumar": 9}, substitutes={"maskrcnn": "hoverlite"})
+SMALL = dataclasses.replace(
+    SETTINGS, budget_strategies=("cps",), budget_grid=(1 / 3, 1.0), random_seeds=(21, 100), seeds=(1,)
+)
+
+
+def lines_of(experiment, scores, **changes):
+    """Lines of results.csv: one image per score."""
+    rows = []
+    for image, aji in enumerate(scores):
+        row = dict.fromkeys(RESULT_COLUMNS, 0) | to_plain(experiment)
+        row |= {"profile": "p", "fingerprint": "f", "encoder": "e", "supervision": experiment.supervision, "best": 1}
+        row |= {"image_id": f"i{image}", "organ": "o", "run_id": "r", "round": experiment.rounds}
+        row |= {"label_share": 0.005 * experiment.k1 if experiment.k1 else 1.0, "label_nuclei": 40 * experiment.k1}
+        rows.append({**row, "aji": aji, **changes})
+    return pd.DataFrame(rows)[list(RESULT_COLUMNS)]
 
 
 def made_up(gain):
     """Lines of every strategy: `gain` of each over random crops, noise over seeds and images."""
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
     level = rng.uniform(0.4, 0.6, 14)
-    for experiment in strategy_experiments("kumar", SETTINGS):
-        for image in range(14):
-            row = dict.fromkeys(RESULT_COLUMNS, 0) | to_plain(experiment)
-            row |= {"profile": "p", "fingerprint": "f", "encoder": "e", "supervision": "patches", "best": 1}
-            row |= {"image_id": f"i{image}", "organ": "o", "run_id": "r", "label_share": 0.05}
-            row["aji"] = level[image] + gain.get(experiment.selection, 0.0) + rng.normal(0, 0.005)
-            rows.append(row)
-    return pd.DataFrame(rows)[list(RESULT_COLUMNS)]
+    return pd.concat(
+        [
+            lines_of(e, level + gain.get(e.selection, 0.0) + rng.normal(0, 0.005, 14))
+            for e in strategy_experiments("kumar", SETTINGS)
+        ],
+        ignore_index=True,
+    )
+
+
+# -- which experiments -----------------------------------------------------------------------------------------
 
 
 def test_every_strategy_runs_over_the_same_four_seeds_and_budget():
-    experiments = strategy_experiments("kumar", SETTINGS)
-    assert {(e.selection, e.seed) for e in experiments} == set(itertools.product(STRATEGIES, (21, 100, 500, 1000)))
-    assert {(e.k1, e.augmentation, e.rounds, e.segmenter) for e in experiments} == {(9, "naive", 0, "hoverlite")}
+    found = strategy_experiments("kumar", SETTINGS)
+    assert {(e.selection, e.seed) for e in found} == set(itertools.product(STRATEGIES, (21, 100, 500, 1000)))
+    assert {(e.k1, e.augmentation, e.rounds, e.segmenter) for e in found} == {(9, "naive", 0, "hoverlite")}
+
+
+def test_the_budgets_are_parts_of_the_datasets_own_and_hold_table_s():
+    found = budget_experiments("kumar", SETTINGS)
+    assert {e.k1 for e in found} == {3, 6, 9, 12, 18, 0}
+    assert set(strategy_experiments("kumar", SETTINGS)) <= set(found)
+    assert [e for e in found if e.selection == "all"] == [e for e in grid("kumar", SETTINGS, ["III"]) if not e.k1]
+    assert len(found) == len(set(found)) == 10 * 5 * 4 + 3
+
+
+def test_small_budgets_that_round_to_the_same_number_of_patches_run_once():
+    settings = dataclasses.replace(SMALL, k1={"kumar": 1})
+    assert [e.k1 for e in budget_experiments("kumar", settings) if e.selection == "cps"] == [1, 1]  # two seeds
+
+
+def test_a_profile_chooses_strategies_and_random_crops_are_always_among_them():
+    assert {e.selection for e in budget_experiments("kumar", SMALL)} == {"cps", "random-crop", "all"}
+    with pytest.raises(ValueError, match="budget_strategies: unknown name 'kmean'; did you mean 'kmeans'"):
+        budget_experiments("kumar", dataclasses.replace(SMALL, budget_strategies=("kmean",)))
+    with pytest.raises(ValueError, match=r"budget_grid: expected positive parts of K1, got \(0.0,\)"):
+        dataclasses.replace(SMALL, budget_grid=(0.0,))
+
+
+def test_there_are_no_more_centre_crops_than_images():
+    found = budget_experiments("kumar", SETTINGS, images=12)
+    assert max(e.k1 for e in found if e.selection == "random-centre-crop") == 12
+    assert max(e.k1 for e in found if e.selection == "random-crop") == 18
+
+
+def test_experiments_of_several_tables_are_there_once():
+    both = experiments((*TABLES, "S", "B"), "kumar", SETTINGS)
+    assert len(both) == len(set(both))
+    assert set(both) == {*grid("kumar", SETTINGS), *budget_experiments("kumar", SETTINGS)}
+    assert experiments(["II"], "kumar", SETTINGS) == grid("kumar", SETTINGS, ["II"])
+    with pytest.raises(ValueError, match="table: unknown name 'VII'"):
+        experiments(["VII"], "kumar", SETTINGS)
+    with pytest.raises(ValueError, match="no K1 for dataset 'elsewhere'"):
+        experiments(["B"], "elsewhere", SETTINGS)
+
+
+# -- Table S ---------------------------------------------------------------------------------------------------
 
 
 def test_a_better_strategy_stands_first_with_its_difference_to_chance():
@@ -54,9 +127,25 @@ def test_other_budgets_and_augmentations_do_not_count():
     pd.testing.assert_frame_equal(both, strategy_frame(lines, "kumar", SETTINGS))
 
 
+def test_results_that_do_not_fit_together_are_refused():
+    lines = made_up({})
+    with pytest.raises(ResultsError, match="cps, K1 = 9, seed 21: results twice, with the encoders e, other"):
+        strategy_frame(pd.concat([lines, lines.assign(encoder="other")]), "kumar", SETTINGS)
+    with pytest.raises(ResultsError, match="several profiles, p, q"):
+        strategy_frame(pd.concat([lines, lines.assign(profile="q")]), "kumar", SETTINGS)
+    cut = lines.drop(lines[(lines["selection"] == "cps") & (lines["seed"] == 21) & (lines["image_id"] == "i3")].index)
+    with pytest.raises(ResultsError, match=r"cps, K1 = 9, seed 21: no result for image\(s\) i3; run it to its end"):
+        strategy_frame(cut, "kumar", SETTINGS)
+
+
 def test_without_results_there_is_an_empty_frame():
-    assert strategy_frame(made_up({}).iloc[:0], "kumar", SETTINGS).empty
-    assert strategy_table(made_up({}).iloc[:0], "kumar", SETTINGS) is None
+    none = made_up({}).iloc[:0]
+    assert strategy_frame(none, "kumar", SETTINGS).empty
+    assert budget_frame(none, "kumar", SETTINGS).empty
+    assert strategy_table(none, "kumar", SETTINGS) is None
+    assert budget_table(none, "kumar", SETTINGS) is None
+    assert strategy_ranks(none, "kumar", SETTINGS) is None
+    assert budget_curve(none, "kumar", SETTINGS).points.empty
 
 
 def test_table_s_is_written_like_the_others(tmp_path):
@@ -66,3 +155,91 @@ def test_table_s_is_written_like_the_others(tmp_path):
     text = (tmp_path / "tableS_kumar.md").read_text()
     assert "cps" in text
     assert "Not in the paper" in text
+
+
+def test_strategies_are_ranked_image_by_image():
+    lines = made_up({"cps": 0.05, "k-center": -0.05})
+    found = strategy_ranks(pd.concat([lines, lines.assign(k1=3, aji=0.0)]), "kumar", SETTINGS)
+    assert (found.systems[0], found.mean_ranks[0]) == ("cps", 1.0)
+    assert (found.systems[-1], found.mean_ranks[-1]) == ("k-center", 10.0)
+    assert found.n == 14
+    scores = [lines[lines["selection"] == name].groupby("image_id")["aji"].mean() for name in STRATEGIES]
+    assert found.friedman_p == pytest.approx(stats.friedmanchisquare(*scores).pvalue)
+
+
+def test_two_strategies_or_five_images_are_not_ranked():
+    lines = made_up({})
+    assert strategy_ranks(lines[lines["selection"].isin(["cps", "random-crop"])], "kumar", SETTINGS) is None
+    assert strategy_ranks(lines[lines["image_id"].isin([f"i{n}" for n in range(5)])], "kumar", SETTINGS) is None
+
+
+# -- Table B and the curve -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def budgets():
+    """CPS gains 0.1 over random crops; seed 100 is 0.02 better than 21; 0.01 per patch; the images are 0.1 apart."""
+    frames = []
+    for e in budget_experiments("kumar", SMALL):
+        score = (
+            0.6 if e.selection == "all" else 0.2 + 0.01 * e.k1 + 0.1 * (e.selection == "cps") + 0.02 * (e.seed == 100)
+        )
+        frames.append(lines_of(e, [score, score + 0.1]))
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_the_curve_has_one_point_per_strategy_and_budget_with_its_band(budgets):
+    curve = budget_curve(budgets, "kumar", SMALL)
+    points = curve.points.set_index(["selection", "k1"])
+    assert len(points) == 4
+    cps = points.loc[("cps", 9)]
+    assert cps["x"] == pytest.approx(0.045)
+    assert (cps["low"], cps["mean"], cps["high"]) == pytest.approx((0.44, 0.45, 0.46))
+    assert cps["sd"] == pytest.approx(np.std([0.44, 0.46], ddof=1))
+    assert cps["seeds"] == 2
+    assert curve.full == pytest.approx((0.65, 0.65, 0.65))
+    assert (curve.images, curve.left_out) == (2, 0)
+
+
+def test_against_nuclei_experiments_that_were_not_counted_are_left_out_and_counted(budgets):
+    lines = budgets.astype({"label_nuclei": object})
+    old = (lines["selection"] == "cps") & (lines["k1"] == 9) & (lines["seed"] == 100)
+    lines.loc[old, "label_nuclei"] = ""
+    curve = budget_curve(lines, "kumar", SMALL, "label_nuclei")
+    cps = curve.points.set_index(["selection", "k1"]).loc[("cps", 9)]
+    assert (cps["x"], cps["mean"], cps["seeds"]) == pytest.approx((360, 0.44, 1))
+    assert curve.left_out == 1
+    none = budget_curve(budgets.drop(columns="label_nuclei"), "kumar", SMALL, "label_nuclei")
+    assert none.points.empty
+    assert none.left_out == 8
+    assert none.full[0] == pytest.approx(0.65)
+
+
+def test_table_b_compares_with_random_crops_of_the_same_budget(budgets):
+    frame = budget_frame(budgets, "kumar", SMALL).set_index("id")
+    assert list(frame.index) == ["B.cps-3", "B.cps-9", "B.random-crop-3", "B.random-crop-9", "B.all"]
+    assert frame.loc["B.cps-3", "mean difference"] == pytest.approx(0.1)
+    assert frame.loc[["B.random-crop-3", "B.all"], "mean difference"].isna().all()
+    assert frame.loc["B.cps-3", "ours AJI"] == pytest.approx(0.39)
+    assert frame.loc["B.cps-3", "ours label nuclei"] == 120
+    assert set(frame["status"]) == {"run"}
+
+
+def test_table_b_says_how_much_of_it_was_run(budgets, tmp_path):
+    table = budget_table(budgets[budgets["seed"] != 100], "kumar", SMALL)
+    assert any(note.startswith("5 of 9 planned experiments were run") for note in table.notes)
+    text = write_table(table, tmp_path)[1].read_text()
+    assert "cps, K1 = 3" in text
+    assert "(1 seed(s))" in text
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["tableB_kumar.csv"]
+
+
+def test_full_supervision_alone_is_no_curve(budgets):
+    assert budget_table(budgets[budgets["selection"] == "all"], "kumar", SMALL) is None
+
+
+def test_both_tables_agree_where_they_show_the_same_experiments(budgets):
+    one = strategy_frame(budgets, "kumar", SMALL).set_index("row")
+    other = budget_frame(budgets, "kumar", SMALL).set_index("id")
+    for name in ("cps", beyond.REFERENCE):
+        assert one.loc[name, "ours AJI"] == other.loc[f"B.{name}-9", "ours AJI"]

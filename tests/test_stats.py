@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, special
 
-from nucseg.stats import effect_size, holm, paired_tests
+from nucseg.stats import effect_size, friedman_nemenyi, holm, paired_tests
 
 
 def student_p(t, degrees):
@@ -207,3 +207,53 @@ def test_holm_passes_over_comparisons_that_were_not_made():
 def test_holm_refuses_what_is_no_probability(value):
     with pytest.raises(ValueError, match=r"p_values: expected values in \[0, 1\]"):
         holm([0.5, value])
+
+
+def test_ranks_are_means_over_the_images_and_ties_share_theirs():
+    scores = [[0.9, 0.5, 0.1], [0.8, 0.8, 0.2], [0.3, 0.4, 0.2], [0.1, 0.2, 0.0]]
+    found = friedman_nemenyi(scores, ["a", "b", "c"])  # ranks 1 2 3, 1.5 1.5 3, 2 1 3, 2 1 3
+    assert found.systems == ("b", "a", "c")
+    np.testing.assert_allclose(found.mean_ranks, [5.5 / 4, 6.5 / 4, 3])
+    assert found.n == 4
+
+
+@pytest.mark.parametrize(("k", "q"), [(3, 2.343), (5, 2.728), (10, 3.164)])  # Demsar 2006, Table 5a
+def test_the_critical_difference_is_the_printed_one(k, q):
+    scores = np.random.default_rng(k).uniform(size=(14, k))
+    found = friedman_nemenyi(scores, [str(i) for i in range(k)])
+    assert found.critical_difference == pytest.approx(q * math.sqrt(k * (k + 1) / (6 * 14)), rel=1e-3)
+
+
+def test_the_friedman_p_follows_from_the_formula_of_the_textbook():
+    scores = np.random.default_rng(2).uniform(size=(12, 4)) + np.array([0.0, 0.1, 0.2, 0.5])
+    found = friedman_nemenyi(scores, list("abcd"))
+    n, k = scores.shape
+    chi = 12 * n / (k * (k + 1)) * (sum(r * r for r in found.mean_ranks) - k * (k + 1) ** 2 / 4)
+    assert found.friedman_p == pytest.approx(special.gammaincc((k - 1) / 2, chi / 2))
+    assert found.systems[0] == "d"
+
+
+def test_groups_hold_exactly_the_pairs_that_are_closer_than_the_critical_difference():
+    rng = np.random.default_rng(5)
+    scores = rng.normal(size=(30, 7)) + np.arange(7) * 0.5
+    found = friedman_nemenyi(scores, list("abcdefg"))
+    assert len(found.groups) > 1
+    for i, j in itertools.combinations(range(7), 2):
+        together = any(first <= i and j <= last for first, last in found.groups)
+        assert together == (found.mean_ranks[j] - found.mean_ranks[i] <= found.critical_difference)
+
+
+def test_equal_systems_share_one_group_and_no_p():
+    found = friedman_nemenyi(np.full((6, 3), 0.5) + 1e-15, ["a", "b", "c"])
+    assert (found.friedman_p, found.groups, set(found.mean_ranks)) == (1.0, ((0, 2),), {2.0})
+
+
+def test_ranking_refuses_what_cannot_be_ranked():
+    with pytest.raises(ValueError, match="c: the score of image 'y' is nan"):
+        friedman_nemenyi([[1, 2, 3], [1, 2, np.nan]], ["a", "b", "c"], ["x", "y"])
+    with pytest.raises(ValueError, match="at least 3 systems and 2 images, got 2 and 2"):
+        friedman_nemenyi([[1, 2], [1, 2]], ["a", "b"])
+    with pytest.raises(ValueError, match=r"one column for each of 3 systems, got shape \(2, 2\)"):
+        friedman_nemenyi([[1, 2], [1, 2]], ["a", "b", "c"])
+    with pytest.raises(ValueError, match="level: expected"):
+        friedman_nemenyi(np.eye(3), ["a", "b", "c"], level=0)

@@ -14,9 +14,10 @@ from scipy import stats
 from nucseg import table_formats
 from nucseg.experiments import TABLES, GridSettings, experiments_of, grid, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
+from nucseg.side_by_side import table_4_of_all
 from nucseg.stats import holm, paired_tests
 from nucseg.table_notes import needed_t
-from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, write_all, write_table
+from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, write_table
 
 SETTINGS = GridSettings(k1={"kumar": 9, "tnbc": 6, "tissue": 3}, rounds=2, seeds=(1, 2), random_seeds=(21, 100))
 ORGANS = ("breast", "breast", "liver", "liver", "colon", "stomach")
@@ -389,23 +390,105 @@ def test_all_six_tables_are_made_in_order():
     assert tuple(table.number for table in make_tables(empty_results(), "kumar", SETTINGS)) == TABLES
 
 
-def test_a_profile_writes_its_tables_beside_its_results(results, tmp_path):
-    results.to_csv(tmp_path / "results.csv", index=False)
-    run = {"run_id": "00000001abcd", "started": "", "seconds": 30, "device": "1 GPU", "versions": "", "config": "{}"}
-    pd.DataFrame([{**run, "peak_gpu_mb": None}]).to_csv(tmp_path / "runs.csv", index=False)
-    paths = write_all("sample", "kumar", SETTINGS, tmp_path)
-    assert len(paths) == 24
-    assert {path.parent for path in paths} == {tmp_path}
-    assert "Time of 1 runs: 0.5 minutes on 1 GPU." in (tmp_path / "table1_kumar.md").read_text()
-    made = make_table("IV", results, "kumar", SETTINGS).frame
-    read = pd.read_csv(tmp_path / "table4_kumar.csv")
-    np.testing.assert_allclose(read["ours AJI"], made["ours AJI"], rtol=1e-5)
-
-
-def test_a_profile_without_results_writes_tables_that_say_so(tmp_path):
-    write_all("sample", "tissue", SETTINGS, tmp_path)
+def test_a_dataset_without_results_has_tables_that_say_so(tmp_path):
+    for table in make_tables(empty_results(), "tissue", SETTINGS):
+        write_table(table, tmp_path)
     assert NOT_YET in (tmp_path / "table1_tissue.html").read_text()
     assert "Dataset tissue: no results yet." in (tmp_path / "table1_tissue.html").read_text()
+
+
+def test_a_single_test_image_gives_differences_but_no_p_values(tmp_path):
+    settings = dataclasses.replace(SETTINGS, seeds=(1,))
+    frames = [
+        lines_of(e, [aji]) for name, aji in (("II.naive", 0.2), ("II.csingan", 0.3))
+        for e in experiments_of(row(name), "kumar", settings)
+    ]  # fmt: skip
+    made = make_table("II", pd.concat(frames), "kumar", settings)
+    found = line(made, "II.naive")
+    assert found["mean difference"] == pytest.approx(-0.1)
+    assert np.isnan(
+        [found[name] for name in ("CI low", "CI high", "t p", "t p Holm", "Wilcoxon p", "effect size")]
+    ).all()
+    assert "[n/a, n/a]" in write_table(made, tmp_path)[1].read_text()
+
+
+def test_systems_that_score_the_same_on_every_image_do_not_differ():
+    settings = dataclasses.replace(SETTINGS, seeds=(1,))
+    frames = [
+        lines_of(e, [0.2, 0.3, 0.4]) for name in ("II.naive", "II.csingan")
+        for e in experiments_of(row(name), "kumar", settings)
+    ]  # fmt: skip
+    found = line(make_table("II", pd.concat(frames), "kumar", settings), "II.naive")
+    assert (found["mean difference"], found["CI low"], found["CI high"]) == (0, 0, 0)
+    assert (found["t p"], found["Wilcoxon p"], found["effect size"]) == (1, 1, 0)
+
+
+def test_a_missing_score_never_gets_into_a_table():
+    (experiment, _) = experiments_of(row("I.cps"), "kumar", SETTINGS)
+    with pytest.raises(ResultsError, match="dice is nan for image image 1"):
+        make_table("I", lines_of(experiment, [0.2, np.nan]), "kumar", SETTINGS)
+
+
+def test_annotated_nuclei_are_shown_where_every_seed_counted_them():
+    first, second = experiments_of(row("I.cps"), "kumar", SETTINGS)
+    counted = lines_of(first, [0.1, 0.3], label_nuclei=1200)
+    both = pd.concat([counted, lines_of(second, [0.1, 0.3], label_nuclei=1300)])
+    assert line(make_table("I", both, "kumar", SETTINGS), "I.cps")["ours label nuclei"] == 1250
+    assert "1,250" in make_table("I", both, "kumar", SETTINGS)._repr_html_()
+    half = pd.concat([counted, lines_of(second, [0.1, 0.3])])
+    assert np.isnan(line(make_table("I", half, "kumar", SETTINGS), "I.cps")["ours label nuclei"])
+
+
+def test_every_table_has_aji_plus_and_pq(results):
+    for table in make_tables(results, "kumar", SETTINGS):
+        assert table.frame["ours AJI+"].notna().any()
+        assert table.frame["ours PQ"].notna().any()
+
+
+def test_the_second_best_is_marked_although_two_rows_are_the_same_best_run():
+    settings = dataclasses.replace(SETTINGS, substitutes={"maskrcnn": "hoverlite", "hovernet": "hoverlite"}, seeds=(1,))
+    frames = [
+        lines_of(e, [aji, aji + 0.1]) for name, aji in (("IV.mrcnn", 0.3), ("IV.hovernet-ours", 0.2))
+        for e in experiments_of(row(name), "tissue", settings)
+    ]  # fmt: skip
+    ranks = make_table("IV", pd.concat(frames), "tissue", settings).frame.set_index("id")["ours AJI rank"]
+    assert (ranks["IV.mrcnn"], ranks["IV.hovernet"], ranks["IV.hovernet-ours"]) == (1, 1, 2)
+
+
+def test_a_table_names_itself_in_a_terminal(results):
+    assert repr(make_table("I", results, "kumar", SETTINGS)).startswith("Table I. Which patches")
+
+
+def test_all_datasets_stand_side_by_side_in_table_4_each_with_its_own_best(tmp_path):
+    settings = dataclasses.replace(SETTINGS, rows={"IV": ("mrcnn", "hovernet", "hovernet-ours")})
+    datasets = {name: made_up(name, settings, ["IV"], seed).assign(fingerprint=name)
+                for seed, name in enumerate(("kumar", "tissue"))}  # fmt: skip
+    made = table_4_of_all(pd.concat(datasets.values(), ignore_index=True), settings)
+    assert made.dataset == "all"
+    for name, lines in datasets.items():
+        alone = make_table("IV", lines, name, settings).frame
+        called = {"kumar": "Kumar"}.get(name, name)
+        for column in ("AJI", "AJI sd", "AJI rank", "Dice", "Dice rank"):
+            np.testing.assert_array_equal(made.frame[f"ours {called} {column}"], alone[f"ours {column}"])
+        np.testing.assert_array_equal(made.frame[f"{called} Wilcoxon p Holm"], alone["Wilcoxon p Holm"])
+    assert made.frame.set_index("id").loc["IV.hovernet-ours", "paper TNBC AJI"] == 0.6414
+    assert not [name for name in made.frame if name.startswith("paper tissue")]
+    text = write_table(made, tmp_path)[1].read_text()
+    assert "table4_all.md" in [path.name for path in tmp_path.iterdir()]
+    assert text.count("**0.") == 4  # best AJI and Dice of two datasets
+    assert "No results in this profile: TNBC." in text  # MoNuSeg has no K1 here
+    assert text.count(NOT_IN_PROFILE) == 12  # six rows, once for each dataset with results
+    assert "SYNTHETIC DATA" in text
+
+
+def test_table_4_of_all_needs_results_of_some_dataset_it_knows(results):
+    assert table_4_of_all(empty_results(), SETTINGS) is None
+    assert table_4_of_all(results.assign(dataset="elsewhere"), SETTINGS) is None
+
+
+def test_table_4_of_all_says_so_where_only_other_tables_were_run(tmp_path):
+    made = table_4_of_all(made_up(tables=["I"]), SETTINGS)
+    assert NOT_YET in write_table(made, tmp_path)[1].read_text()
 
 
 def test_results_that_do_not_belong_together_are_refused(results):

@@ -48,7 +48,7 @@ def colour_of(strategy: str) -> str:
 
 
 def png(figure: Figure, colours: int = 64, dpi: int = 100) -> bytes:
-    """Return a figure as a PNG of few colours, a quarter of the usual size: for notebooks, which carry their pictures."""
+    """Return a figure as a PNG of few colours, a third of the usual size: notebooks carry their pictures."""
     whole, light = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", dpi=dpi, bbox_inches="tight")
     Image.open(whole).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(light, "png", optimize=True)
@@ -93,14 +93,13 @@ def budget_curves(curves: Sequence[BudgetCurve]) -> Figure | None:
         axes[0, 0].xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
         axes[0, 0].set_xlim(0, 1.08 * curve.points["x"].max())
         axes[0, 0].margins(y=0.12)
-        part.supxlabel(f"{label}{_left_out(curve)}", fontsize=8)
+        below = [f"{label}{_left_out(curve)}"]
+        if curve is drawn[-1]:
+            below += [f"not drawn against {_AXES[c.against][0]}{_left_out(c)}" for c in curves if not len(c.points)]
+        part.supxlabel("\n".join(below), fontsize=8)
         part.supylabel(f"AJI, mean of {curve.images} images", fontsize=8)
     legend = _budget_legend(drawn[0], len(panels) > 1)
     figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), fontsize=7.5, frameon=False)
-    for curve in curves:
-        if not len(curve.points):
-            text = f"Not drawn against {_AXES[curve.against][0]}{_left_out(curve)}."
-            figure.text(0.995, -0.005, text, fontsize=6, color=INK, ha="right", va="top")
     return figure
 
 

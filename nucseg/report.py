@@ -1,0 +1,140 @@
+"""Everything that one profile's ``results.csv`` shows about one dataset: tables and figures, without the images.
+
+`nucseg tables` writes it, notebook 05 shows it. Nothing is trained, and no dataset need be at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from nucseg import beyond
+from nucseg.data.tissue import SYNTHETIC_NOTE
+from nucseg.experiments import SEGMENTERS, TABLES, GridSettings
+from nucseg.figures import comparison, style
+from nucseg.forest import forest_frame
+from nucseg.models import REGISTRY  # which segmenters exist; their code is not loaded
+from nucseg.profiles import Profile
+from nucseg.results import EXPERIMENT, read_results, read_runs
+from nucseg.side_by_side import table_4_of_all
+from nucseg.store import published
+from nucseg.tables import NO_MODEL, Table, make_tables, write_table
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to show.
+
+    Attributes
+    ----------
+    profile, dataset
+        Names.
+    results, runs
+        The profile's lines of this dataset, and those runs' lines of ``runs.csv``.
+    progress
+        One line per table: how many experiments it has, and how many of them have results.
+    tables
+        ``"I"`` to ``"VI"``; ``"IV of all"``, ``"S"`` and ``"B"`` where there is something in them.
+    figures
+        ``"forest"``; ``"budget"`` and ``"ranks"`` where there is enough to draw.
+    signature
+        The line under every figure.
+    """
+
+    profile: str
+    dataset: str
+    results: pd.DataFrame
+    runs: pd.DataFrame
+    progress: pd.DataFrame
+    tables: dict[str, Table]
+    figures: dict[str, Figure]
+    signature: str
+
+    def write(self) -> tuple[Path, ...]:
+        """Write all tables to ``tables/<profile>/`` and all figures to ``figures/<profile>/``; return the paths."""
+        paths = [
+            path for table in self.tables.values() for path in write_table(table, published("tables", self.profile))
+        ]
+        run_ids = sorted(set(self.results["run_id"]))
+        for name, figure in self.figures.items():
+            path = published("figures", self.profile) / f"{name}_{self.dataset}.png"
+            paths.append(style.save(figure, path, self.signature, run_ids))
+        return tuple(paths)
+
+
+def make_report(profile: Profile, dataset: str = "", folder: str | Path | None = None) -> Report:
+    """Make all tables and figures of a profile on a dataset from its results.
+
+    Parameters
+    ----------
+    profile
+        Only its name and grid are used.
+    dataset
+        Its name or folder; the profile's own when empty.
+    folder
+        Where ``results.csv`` and ``runs.csv`` are; ``tables/<profile>`` when None.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no results of this profile on this dataset; the message says what makes some.
+    ResultsError
+        If the results do not fit together.
+    """
+    name, settings = Path(dataset or profile.dataset).name, profile.grid
+    folder = published("tables", profile.name) if folder is None else Path(folder)
+    path = folder / "results.csv"
+    every = read_results(path) if path.is_file() else None
+    if every is not None:
+        every = every[every["profile"] == profile.name]
+    if every is None or name not in set(every["dataset"]):
+        have = "" if every is None or every.empty else f" (only on {', '.join(sorted(set(every['dataset'])))})"
+        raise FileNotFoundError(
+            f"no results of profile {profile.name!r} on {name!r} in {path}{have}; notebook 04 makes some, "
+            f"and so does: nucseg run --profile {profile.name} --dataset {dataset or name}"
+        )
+    results = every[every["dataset"] == name]
+    runs = read_runs(folder / "runs.csv") if (folder / "runs.csv").is_file() else None
+    reasons = {segmenter: NO_MODEL for segmenter in SEGMENTERS if segmenter not in REGISTRY}
+    tables = {table.number: table for table in make_tables(results, name, settings, runs=runs, reasons=reasons)}
+    extra = {
+        "IV of all": table_4_of_all(every, settings, reasons=reasons),
+        beyond.TABLE: beyond.strategy_table(results, name, settings),
+        beyond.BUDGET: beyond.budget_table(results, name, settings),
+    }
+    curves = [beyond.budget_curve(results, name, settings, against) for against in ("label_share", "label_nuclei")]
+    ranks = beyond.strategy_ranks(results, name, settings)
+    figures = {
+        "forest": comparison.forest_plot(forest_frame(results, name, settings, reasons)),
+        "budget": comparison.budget_curves(curves),
+        "ranks": comparison.rank_plot(ranks) if ranks else None,
+    }
+    return Report(
+        profile.name,
+        name,
+        results,
+        pd.DataFrame() if runs is None else runs[runs["run_id"].isin(set(results["run_id"]))],
+        _progress(results, name, settings),
+        tables | {key: table for key, table in extra.items() if table is not None},
+        {key: figure for key, figure in figures.items() if figure is not None},
+        _signature(results, profile.name, name),
+    )
+
+
+def _progress(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
+    done = set(results[list(EXPERIMENT)].itertuples(index=False, name=None))
+    lines = []
+    for table in (*TABLES, beyond.TABLE, beyond.BUDGET):
+        planned = beyond.experiments([table], dataset, settings)
+        found = [e for e in planned if tuple(getattr(e, name) for name in EXPERIMENT) in done]
+        lines.append({"table": table, "experiments": len(planned), "with results": len(found)})
+    return pd.DataFrame(lines).set_index("table")
+
+
+def _signature(results: pd.DataFrame, profile: str, dataset: str) -> str:
+    """Return the line that `nucseg.pipeline.Pipeline.signature` gives, without the dataset."""
+    parts = [f"profile {profile}", f"dataset {dataset} {results['fingerprint'].iloc[0][:8]}"]
+    return "  ·  ".join(parts + [SYNTHETIC_NOTE] * (dataset == "tissue"))
