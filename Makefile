@@ -1,5 +1,6 @@
 # make reproduce   the whole paper in small, on the built-in tissue: some minutes on two CPU cores
 # make test        the whole test suite, the five notebooks included
+# make readme      the README's table of what was run, from tables/*/results.csv
 # make lint        ruff over modules, tests and notebooks
 # Both first make their own virtual environment in .venv and install nucseg there.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: reproduce test lint clean
+.PHONY: reproduce test readme lint clean
 .DEFAULT_GOAL := reproduce
 
 $(VENV)/installed: pyproject.toml
@@ -27,6 +28,9 @@ reproduce: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 -W default notebooks
+
+readme: $(VENV)/installed
+	$(BIN)/python -m nucseg.summary README.md
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,45 @@
+"""The README's table of runs says what results.csv says, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nucseg.results import read_results
+from nucseg.store import published
+from nucseg.summary import markdown, summary, with_summary
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_table_in_the_readme_is_what_the_committed_results_give():
+    text = README.read_text(encoding="utf-8")
+    assert with_summary(text) == text, "run: make readme"
+
+
+def test_an_arm_is_there_once_with_its_mean_over_images_and_then_seeds():
+    frame = summary()
+    assert len(frame) and not frame.duplicated(["profile", "dataset", "arm"]).any()
+    one = frame[(frame["profile"] == "h100-hoverlite") & (frame["arm"] == "RndCrop + NaiveAug, hoverlite")].iloc[0]
+    lines = read_results(published("tables", "h100-hoverlite") / "results.csv")
+    lines = lines[(lines["selection"] == "random-crop") & (lines["augmentation"] == "naive") & (lines["k1"] == 9)]
+    lines = lines[(lines["rounds"] == 0) & (lines["segmenter"] == "hoverlite") & (lines["dataset"] == "kumar")]
+    by_hand = [lines.loc[lines["seed"] == seed, "aji"].mean() for seed in lines["seed"].unique()]
+    assert one["seeds"] == len(by_hand)
+    assert one["AJI"] == pytest.approx(np.mean(by_hand))
+    assert one["AJI sd"] == pytest.approx(np.std(by_hand, ddof=1))
+
+
+def test_a_printed_number_stands_only_beside_results_on_the_same_data():
+    frame = summary()
+    assert frame.loc[frame["dataset"] == "tissue", "its AJI"].isna().all()
+    full = frame[(frame["dataset"] == "kumar") & (frame["paper's row"] == "III.full")]
+    assert (full["its AJI"] == 0.5364).all() and len(full)
+    assert "nan" not in markdown(frame)
+
+
+def test_a_readme_without_the_marks_is_an_error():
+    with pytest.raises(ValueError, match="<!-- runs -->"):
+        with_summary("# nucseg")
