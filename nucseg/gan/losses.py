@@ -129,6 +129,7 @@ def generator_loss(
     critics: Mapping[str, nn.Module] | nn.ModuleDict, weights: Mapping[str, float], shown: Mapping[str, View]
 ) -> Float[Tensor, ""]:
     """-beta E[D_g(y)] - gamma E[D_f(y*m)] - delta E[D_b(y*(1-m))]: the adversarial part of a generator's loss."""
-    return sum(
-        -weights[name] * score(critic, shown[name].fake, shown[name].fake_area) for name, critic in critics.items()
-    )
+    loss = 0.0
+    for name, critic in critics.items():
+        loss = loss - weights[name] * score(critic, shown[name].fake, shown[name].fake_area)
+    return loss

@@ -26,6 +26,7 @@ Resolutions and deviations (REFERENCE section 3)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -95,18 +96,22 @@ class PyramidSynthesizer(Synthesizer):
                 f"cannot go on with {k1} patches of {size} px and seed {seed}"
             )
         self.size, self.seed = size, seed
-        with torch.backends.cudnn.flags(
-            enabled=True,
-            benchmark=self.config.benchmark,  # the steps before a recording choose the kernels that it uses
-            deterministic=self.config.deterministic,
-            allow_tf32=self.config.tf32,
-        ):
+        with self.kernels():
             data = TrainingData(images, labels, masks, sizes, self.device)
             for n in range(len(self.generators), len(sizes)):
                 self._train_scale(n, data, progress)
                 if checkpoint is not None:
                     checkpoint(self.to_tensors())
         return self
+
+    def kernels(self) -> contextlib.AbstractContextManager:
+        """Choose the convolution kernels of a training, as `config` says."""
+        return torch.backends.cudnn.flags(
+            enabled=True,
+            benchmark=self.config.benchmark,  # the steps before a recording choose the kernels that it uses
+            deterministic=self.config.deterministic,
+            allow_tf32=self.config.tf32,
+        )
 
     def generate(self, masks, seed=0):
         self._check_trained()
