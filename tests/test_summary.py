@@ -21,7 +21,8 @@ def test_the_table_in_the_readme_is_what_the_committed_results_give():
 
 def test_an_arm_is_there_once_with_its_mean_over_images_and_then_seeds():
     frame = summary()
-    assert len(frame) and not frame.duplicated(["profile", "dataset", "arm"]).any()
+    assert len(frame)
+    assert not frame.duplicated(["profile", "dataset", "arm"]).any()
     one = frame[(frame["profile"] == "h100-hoverlite") & (frame["arm"] == "RndCrop + NaiveAug, hoverlite")].iloc[0]
     lines = read_results(published("tables", "h100-hoverlite") / "results.csv")
     lines = lines[(lines["selection"] == "random-crop") & (lines["augmentation"] == "naive") & (lines["k1"] == 9)]
@@ -36,7 +37,8 @@ def test_a_printed_number_stands_only_beside_results_on_the_same_data():
     frame = summary()
     assert frame.loc[frame["dataset"] == "tissue", "its AJI"].isna().all()
     full = frame[(frame["dataset"] == "kumar") & (frame["paper's row"] == "III.full")]
-    assert (full["its AJI"] == 0.5364).all() and len(full)
+    assert (full["its AJI"] == 0.5364).all()
+    assert len(full)
     assert "nan" not in markdown(frame)
 
 
