@@ -1,34 +1,39 @@
 """Many experiments: what is done, what is missing, and running it, one after another or several at a time.
 
 Every experiment's rows land in ``tables/<profile>/results.csv`` as soon as it is finished. What failed is kept with its
-traceback and tried again only on request.
+traceback and tried again only on request. A process holds a file while it runs an experiment, so several runs over one
+results folder share the work, and one that is killed leaves nothing to clear away.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import os
 import time
-import traceback
-import warnings
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import torch
 
-from nucseg import beyond, metrics
-from nucseg.config import to_plain
+from nucseg import backends, beyond, metrics
+from nucseg.data import data_root
+from nucseg.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
 from nucseg.experiments import FIGURE_7, TABLES, Experiment, experiments_of, row
 from nucseg.figures.segmentation import Row
 from nucseg.models import REGISTRY
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
-from nucseg.results import EXPERIMENT, RESULT_COLUMNS, RUN_COLUMNS, check_results, read_results, read_runs
-from nucseg.store import locked, published, write_text
+from nucseg.results import EXPERIMENT, read_results, read_runs
+from nucseg.running import Ticket, failure_file, probe, run_one, running_file, work_on
+from nucseg.store import OutOfTime, holder, home, published, write_text
 
-IDENTITY = ["profile", "encoder", *EXPERIMENT]
+STATES = ("done", "running", "failed", "missing")
 
 
 class Plan:
@@ -63,52 +68,90 @@ class Plan:
         return published("tables", self.pipeline.profile.name) / "results.csv"
 
     def states(self) -> dict[Experiment, str]:
-        """Return ``"done"``, ``"failed"`` or ``"missing"`` of each experiment.
+        """Return ``"done"``, ``"running"``, ``"failed"`` or ``"missing"`` of each experiment.
 
-        Done means that its rows are in results.csv and were made from the data at hand.
+        Done means that its rows are in results.csv and were made from the data at hand; running, that a living process
+        holds it.
         """
-        known = read_results(self.results_file) if self.results_file.is_file() else pd.DataFrame(columns=IDENTITY)
-        if len(known):
-            known = known[
-                (known["profile"] == self.pipeline.profile.name)
-                & (known["fingerprint"] == self.pipeline.dataset.fingerprint)
-            ]
-        done = {tuple(row) for row in known[list(EXPERIMENT)].itertuples(index=False)}
-        return {
-            e: "done" if tuple(asdict(e).values()) in done else ("failed" if self._failure(e).is_file() else "missing")
-            for e in self.experiments
-        }
+        done: set[tuple] = set()
+        if self.results_file.is_file():
+            known = read_results(self.results_file)
+            mine = known["profile"] == self.pipeline.profile.name
+            mine &= known["fingerprint"] == self.pipeline.dataset.fingerprint
+            done = set(known.loc[mine, list(EXPERIMENT)].itertuples(index=False, name=None))
 
-    def run(self, jobs: int = 1, minutes: float = 0.0, retry: bool = False) -> list[Experiment]:
+        def state(experiment: Experiment) -> str:
+            if tuple(asdict(experiment).values()) in done:
+                return "done"
+            if holder(running_file(self.pipeline, experiment)) is not None:
+                return "running"
+            return "failed" if failure_file(self.pipeline, experiment).is_file() else "missing"
+
+        return {e: state(e) for e in self.experiments}
+
+    def run(
+        self, jobs: int = 0, minutes: float = 0.0, retry: bool = False, backend: str = "loky", address: str = ""
+    ) -> list[Experiment]:
         """Run what is missing, and return the experiments that failed.
 
         Parameters
         ----------
         jobs
-            Processes; experiments that share a stage wait for each other there and make it once.
+            Processes; experiments that share a stage wait for each other there and make it once. 0: one, or as many as
+            the cluster has workers.
         minutes
-            Start no further experiment after so many minutes; 0 for no limit.
+            Begin no further stage after so many minutes; 0 for no limit. All that was made is kept.
         retry
             Run failed ones once more.
+        backend, address
+            As for `nucseg.backends.run_all`. The workers of a cluster need the same packages, data and results folder.
+
+        Raises
+        ------
+        BackendError
+            If the cluster cannot be used; the message says why.
         """
-        stop = time.monotonic() + 60 * minutes if minutes else float("inf")
+        backends.check(backend, address, jobs)
+        stop = time.time() + 60 * minutes if minutes else math.inf
         wanted = {"missing", "failed"} if retry else {"missing"}
         todo = [e for e, state in self.states().items() if state in wanted]
-        if jobs == 1:
-            with task("experiments", len(todo)) as progress:
+        started = time.time()
+        if backend == "loky" and jobs <= 1:
+            with task("experiments", len(todo)) as progress, self.pipeline.store.until(stop):
                 for i, experiment in enumerate(todo):
                     progress.update(i)
-                    if time.monotonic() < stop:
-                        run_one(self.pipeline, experiment)
+                    run_one(self.pipeline, experiment, started)
         elif todo:
-            from joblib import Parallel, delayed
-
-            # Processes by loky, which survives a dying worker; each opens the data for itself.
-            list(Parallel(n_jobs=jobs)(delayed(_in_process)(self.arguments, experiment, stop) for experiment in todo))
+            with self._ticket(stop, started) as ticket:
+                cuda = self.pipeline.device.type == "cuda"
+                work, look = partial(work_on, ticket), partial(probe, ticket)
+                backends.run_all(work, todo, jobs, backend, address, look, cuda)
         return [e for e, state in self.states().items() if state == "failed"]
 
-    def _failure(self, experiment: Experiment) -> Path:
-        return failure_file(self.pipeline, experiment)
+    @contextmanager
+    def _ticket(self, stop: float, started: float) -> Iterator[Ticket]:
+        profile, dataset, root, _ = self.arguments
+        dataset = dataset or self.pipeline.profile.dataset
+        token = self.pipeline.store.root / f".shared-{uuid.uuid4().hex}"
+        write_text(token, "Is seen by every worker of a cluster, or its results would go astray.")
+        try:
+            # Workers start in another folder and with another environment: every path is absolute.
+            yield Ticket(
+                (
+                    str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile,
+                    str(Path(dataset).expanduser().resolve()) if os.sep in dataset else dataset,
+                    str(data_root(root).resolve()),
+                    str(self.pipeline.device),
+                ),
+                str(home()),
+                str(token),
+                self.pipeline.dataset.fingerprint,
+                torch.get_num_threads(),
+                stop,
+                started,
+            )
+        finally:
+            token.unlink(missing_ok=True)
 
     def systems(self) -> dict[str, Experiment | None]:
         """Return the columns of Fig. 7 with their experiments, None for those that this profile does not run.
@@ -147,77 +190,67 @@ class Plan:
                 scores[name].append(values[index])
         return rows, scores
 
-    def describe(self) -> str:
-        """Return one line per experiment with its state, and a line that sums up."""
+    def to_go(self) -> ToGo:
+        """Return the trainings, selections and syntheses that no process has made yet."""
+        trainings: dict[tuple, tuple[Experiment, int]] = {}
+        shared: dict[tuple, Experiment] = {}
         states = self.states()
-        lines = [
-            f"{state:8} {e.selection:18} k1={e.k1:<3} k2={e.k2} {e.augmentation:15} {e.segmenter:10} "
-            f"rounds={e.rounds} seed={e.seed}"
-            for e, state in states.items()
-        ]
+        with self.pipeline.store.until(-math.inf):  # look only
+            for e in (e for e in self.experiments if states[e] != "done"):
+                for after in range(e.rounds + 1):
+                    if not _there(self.pipeline.trained, e, after):
+                        same = (*shared_key(e), e.augmentation, e.segmenter, after)
+                        trainings.setdefault(same, (e, after))
+                painted = bool(shared_key(e)[-1])
+                if e.supervision == "patches" and not _there(
+                    self.pipeline.synthesised if painted else self.pipeline.selected, e
+                ):
+                    shared.setdefault(shared_key(e), e)
+        # Seconds of a synthesis include those of the selection before it.
+        painted = {key[:-1] for key in shared if key[-1]}
+        once = tuple(e for key, e in shared.items() if key[-1] or key[:-1] not in painted)
+        return ToGo(tuple(trainings.values()), once)
+
+    def estimate(self) -> Estimate:
+        """Return how long what is to go will take, from measured seconds only."""
+        return estimate(self.to_go(), self.pipeline.profile)
+
+    def describe(self) -> str:
+        """Return one line per experiment with its state, and lines that sum up."""
+        states = self.states()
+        lines = []
+        for e, state in states.items():
+            line = (
+                f"{state:8} {e.selection:18} k1={e.k1:<3} k2={e.k2} {e.augmentation:15} {e.segmenter:10} "
+                f"rounds={e.rounds} seed={e.seed}"
+            )
+            if state == "running":
+                line += "  " + _who(holder(running_file(self.pipeline, e)))
+            lines.append(line)
         lines += [f"no model {e.selection:18} {e.segmenter}" for e in self.without_model]
-        count = {name: list(states.values()).count(name) for name in ("done", "failed", "missing")}
-        spent = 0.0
+        counts = ", ".join(f"{list(states.values()).count(name)} {name}" for name in STATES)
         runs_file = self.results_file.with_name("runs.csv")
-        if runs_file.is_file():
-            spent = read_runs(runs_file)["seconds"].sum() / 60
-        lines.append(
-            f"{self.pipeline.profile.name}, {self.pipeline.dataset.name}: {count['done']} done, "
-            f"{count['failed']} failed, {count['missing']} missing; {spent:.1f} minutes spent in this profile"
-        )
-        lines += [f"  why it failed: {self._failure(e)}" for e, state in states.items() if state == "failed"]
+        spent = spent_minutes(read_runs(runs_file) if runs_file.is_file() else None)
+        summary = f"{self.pipeline.profile.name}, {self.pipeline.dataset.name}: {counts}"
+        lines.append(f"{summary}; {spent:.1f} minutes spent in this profile")
+        if set(states.values()) - {"done"}:
+            lines.append(str(self.estimate()))
+        lines += [
+            f"  why it failed: {failure_file(self.pipeline, e)}" for e, state in states.items() if state == "failed"
+        ]
         return "\n".join(lines)
 
 
-def run_one(pipeline: Pipeline, experiment: Experiment) -> bool:
-    """Run one experiment and add its rows to results.csv; keep the traceback where it fails, and return False."""
-    failure = failure_file(pipeline, experiment)
+def _who(text: str | None) -> str:
+    """Say who runs an experiment; nothing where it ended while we looked."""
+    if not text:
+        return ""
+    return "on {host}, process {pid}, since {since}".format(**json.loads(text))
+
+
+def _there(make: Callable, *arguments) -> bool:
     try:
-        frame = pipeline.run(experiment)
-    except Exception:
-        write_text(failure, json.dumps({**asdict(experiment), "traceback": traceback.format_exc()}, indent=1))
+        make(*arguments)
+    except OutOfTime:
         return False
-    failure.unlink(missing_ok=True)
-    add_results(frame, pipeline.runs(experiment))
     return True
-
-
-def failure_file(pipeline: Pipeline, experiment: Experiment) -> Path:
-    """Return where the traceback of a failed experiment is kept."""
-    name = hashlib.sha256(json.dumps(to_plain(experiment), sort_keys=True).encode()).hexdigest()[:12]
-    return pipeline.store.root / "failed" / f"{name}.json"
-
-
-def _in_process(arguments: tuple[str, str, str, str], experiment: Experiment, stop: float) -> None:
-    if time.monotonic() < stop:
-        run_one(Pipeline(*arguments), experiment)
-
-
-def add_results(frame: pd.DataFrame, runs: pd.DataFrame) -> None:
-    """Add an experiment's rows to its profile's results.csv and runs.csv, in place of its older ones."""
-    folder = published("tables", frame["profile"].iloc[0])
-    frame = check_results(frame[list(RESULT_COLUMNS)])
-    with locked(folder / ".results.lock"):
-        path = folder / "results.csv"
-        if path.is_file():
-            old = _same_data(read_results(path), frame, path)
-            new = set(map(tuple, frame[IDENTITY].drop_duplicates().itertuples(index=False)))
-            replaced = pd.Series([tuple(row) in new for row in old[IDENTITY].itertuples(index=False)], index=old.index)
-            frame = pd.concat([old[~replaced], frame], ignore_index=True)
-        write_text(path, frame.to_csv(index=False))
-        path = folder / "runs.csv"
-        if path.is_file():
-            old = read_runs(path)
-            runs = pd.concat([old[~old["run_id"].isin(runs["run_id"])], runs], ignore_index=True)
-        write_text(path, runs[list(RUN_COLUMNS)].to_csv(index=False))
-
-
-def _same_data(old: pd.DataFrame, new: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Put results of another version of the dataset aside: they cannot stand in one table with the new ones."""
-    dataset, version = new["dataset"].iloc[0], new["fingerprint"].iloc[0]
-    other = (old["dataset"] == dataset) & (old["fingerprint"] != version)
-    for fingerprint, rows in old[other].groupby("fingerprint"):
-        aside = path.with_name(f"results-{dataset}-{fingerprint}.csv")
-        write_text(aside, rows.to_csv(index=False))
-        warnings.warn(f"the data of {dataset!r} have changed; {len(rows)} older results moved to {aside}", stacklevel=3)
-    return old[~other]

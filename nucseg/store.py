@@ -207,11 +207,9 @@ def claimed(path: Path, text: str) -> Iterator[bool]:
 
 def holder(path: Path) -> str | None:
     """Return what the holder of a claimed file wrote in it, None if nobody holds it."""
-    try:
-        file = open(path)
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    with file:
+    with open(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

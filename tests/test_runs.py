@@ -1,23 +1,18 @@
 import json
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from PIL import Image
+from small import TINY, no_op_plan, small_data, small_profile
 
-from nucseg import runs
-from nucseg.data.tissue import generate_tissue
-from nucseg.experiments import Experiment
-from nucseg.results import RESULT_COLUMNS, read_results
-from nucseg.runs import Plan, add_results, run_one
-
-PROFILE = Path(__file__).parent / "tiny.yaml"
+from nucseg.backends import BackendError
+from nucseg.results import read_results, read_runs
+from nucseg.running import Ticket, failure_file, probe, run_one, running_file, work_on
+from nucseg.runs import Plan
+from nucseg.store import Store, claimed
 
 
 @pytest.fixture
@@ -26,38 +21,26 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def frame(seed=1, aji=0.5, fingerprint="f1", run_id="r1", dataset="tissue"):
-    row = dict.fromkeys(RESULT_COLUMNS, 0)
-    row |= {"profile": "tiny", "dataset": dataset, "fingerprint": fingerprint, "selection": "cps", "seed": seed}
-    row |= {"augmentation": "naive", "segmenter": "hoverlite", "encoder": "e", "supervision": "patches", "best": 1}
-    row |= {"image_id": "a", "organ": "o", "aji": aji, "run_id": run_id}
-    return pd.DataFrame([row])
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    return small_profile(folder / "small.yaml"), small_data(folder / "tiny")
 
 
-def lines(run_id="r1"):
-    return pd.DataFrame([{"run_id": run_id, "started": "t", "seconds": 1.0, "device": "d", "versions": "v",
-                          "peak_gpu_mb": None, "config": "{}"}])  # fmt: skip
+@pytest.fixture
+def no_op(place):
+    """A function that makes a plan of so many experiments that cost nothing."""
 
+    def make(count):
+        seeds = str(list(range(1, count + 1)))
+        profile = small_profile(place / "noop.yaml", "{III: [rndcrop-naive]}", random_seeds=seeds)
+        return no_op_plan(profile, small_data(place / "tiny"))
 
-def test_an_experiment_run_again_replaces_its_own_lines_only(place):
-    add_results(frame(1, 0.5), lines())
-    add_results(frame(2, 0.6), lines("r2"))
-    add_results(frame(1, 0.7), lines("r3"))
-    kept = read_results(place / "tables" / "tiny" / "results.csv")
-    assert dict(zip(kept["seed"], kept["aji"], strict=True)) == {1: 0.7, 2: 0.6}
-
-
-def test_results_on_other_data_are_put_aside_and_not_lost(place):
-    add_results(frame(1, 0.5), lines())
-    with pytest.warns(UserWarning, match="data of 'tissue' have changed; 1 older results moved"):
-        add_results(frame(2, 0.6, "f2"), lines("r2"))
-    folder = place / "tables" / "tiny"
-    assert set(read_results(folder / "results.csv")["fingerprint"]) == {"f2"}
-    assert set(read_results(folder / "results-tissue-f1.csv")["seed"]) == {1}
+    return make
 
 
 def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(place, monkeypatch):
-    plan = Plan(PROFILE, device="cpu")
+    plan = Plan(TINY, device="cpu")
     tried = []
 
     def broken(self, experiment):
@@ -66,7 +49,7 @@ def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(pla
 
     monkeypatch.setattr("nucseg.pipeline.Pipeline.run", broken)
     assert set(plan.run()) == set(plan.experiments)
-    record = json.loads(runs.failure_file(plan.pipeline, plan.experiments[0]).read_text())
+    record = json.loads(failure_file(plan.pipeline, plan.experiments[0]).read_text())
     assert "out of luck" in record["traceback"]
     assert "why it failed" in plan.describe()
     count = len(tried)
@@ -76,83 +59,255 @@ def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(pla
     assert len(tried) == 2 * count
 
 
-def test_no_experiment_starts_after_the_time_is_up(place, monkeypatch):
-    plan = Plan(PROFILE, device="cpu")
-    started = []
+def test_a_plan_names_rows_whose_model_does_not_exist_yet(place, monkeypatch):
+    from nucseg import runs
 
-    def slow(pipeline, experiment):
-        started.append(experiment)
-        time.sleep(0.3)
-        return True
-
-    monkeypatch.setattr(runs, "run_one", slow)
-    plan.run(minutes=0.2 / 60)
-    assert len(started) == 1
-
-
-def test_a_plan_names_rows_whose_model_does_not_exist_yet(place, tmp_path):
-    text = PROFILE.read_text().replace("rows: {III: [rndcrop-naive, ours, full]}", "rows: {III: [ours], IV: [dist]}")
-    (tmp_path / "more.yaml").write_text(text)
-    plan = Plan(tmp_path / "more.yaml", device="cpu")
-    assert [e.segmenter for e in plan.without_model] == ["dist"]
+    monkeypatch.setattr(runs, "REGISTRY", {"hovernet": None})
+    plan = Plan(TINY, device="cpu")
+    assert {e.segmenter for e in plan.without_model} == {"hoverlite"}
     assert "no model" in plan.describe()
 
 
-def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
-    profile, data = tmp_path / "killed.yaml", tmp_path / "tiny"
-    profile.write_text(PROFILE.read_text().replace("rows: {III: [rndcrop-naive, ours, full]}", "rows: {III: [ours]}"))
-    for split in ("train", "val", "test"):
-        image, labels = generate_tissue("glandular", (128, 128), seed=len(split))
-        for name in ("images", "labels"):
-            (data / split / name).mkdir(parents=True)
-        Image.fromarray(image).save(data / split / "images" / f"{split}.png")
-        Image.fromarray(labels.astype("uint16")).save(data / split / "labels" / f"{split}.png")
-    script = textwrap.dedent(f"""
-        from nucseg.runs import Plan
-        plan = Plan({str(profile)!r}, {str(data)!r}, device="cpu")
-        failed = plan.run()
-        assert not failed, plan.describe()
-        print("finished")
-    """)
-
-    def start(folder):
-        environment = {**__import__("os").environ, "NUCSEG_HOME": str(folder), "NUCSEG_QUIET": "1"}
-        return subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
-
-    def stages(folder):
-        return {p.parent.name for p in (folder / "runs").glob("*/*/*/meta.json")}
-
-    whole = start(tmp_path / "whole")
-    assert whole.communicate(timeout=300)[0] == "finished\n"
-
-    done, killed = set(), 0
-    for wanted in (2, 6):  # stages that are finished when the kill comes
-        process = start(tmp_path / "cut")
-        while process.poll() is None and len(stages(tmp_path / "cut")) < wanted:
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        process.communicate()
-        assert done <= stages(tmp_path / "cut"), "a finished stage was lost"
-        done = stages(tmp_path / "cut")
-    last = start(tmp_path / "cut")
-    assert last.communicate(timeout=300)[0] == "finished\n"
-    assert killed, "no run was alive long enough to be killed"
-    assert stages(tmp_path / "cut") == stages(tmp_path / "whole")
-    assert not list((tmp_path / "cut" / "runs").glob("*/*/*.part"))
-
-    def results(folder):
-        frame = read_results(next((folder / "tables").glob("*/results.csv")))
-        return frame.sort_values(["selection", "seed", "round", "image_id"]).reset_index(drop=True)
-
-    pd.testing.assert_frame_equal(results(tmp_path / "cut"), results(tmp_path / "whole"))
-    shutil.rmtree(tmp_path / "whole")
+# -- results do not depend on how they were run ----------------------------------------------------------------
 
 
-def test_one_experiment_reports_success(place, monkeypatch):
-    plan = Plan(PROFILE, device="cpu")
-    monkeypatch.setattr("nucseg.pipeline.Pipeline.run", lambda self, e: frame())
-    monkeypatch.setattr("nucseg.pipeline.Pipeline.runs", lambda self, e: lines())
-    assert run_one(plan.pipeline, Experiment("tissue", "cps", 1, 1, "naive", "hoverlite", 0, 1))
-    assert (place / "tables" / "tiny" / "results.csv").is_file()
+def test_two_hundred_experiments_lose_nothing_in_one_process_or_two(no_op):
+    plan, files = no_op(200), set()
+    for jobs in (1, 2):
+        plan.results_file.unlink(missing_ok=True)
+        assert plan.run(jobs) == []
+        rows = read_results(plan.results_file)
+        assert len(rows) == 200 * 14
+        assert list(rows["seed"].drop_duplicates()) == list(range(1, 201))
+        assert len(read_runs(plan.results_file.with_name("runs.csv"))) == 200
+        assert set(plan.states().values()) == {"done"}
+        files.add(plan.results_file.read_bytes())
+    assert len(files) == 1
+
+
+def test_stopping_at_stages_gives_the_results_of_one_go(small, tmp_path, monkeypatch):
+    files = {}
+    for name, minutes in (("whole", 0), ("cut", 0.1 / 60)):
+        monkeypatch.setenv("NUCSEG_HOME", str(tmp_path / name))
+        plan = Plan(small[0], str(small[1]), device="cpu")
+        calls, stages = 0, [0]
+        while "missing" in plan.states().values():
+            assert plan.run(minutes=minutes) == []
+            stages.append(len(list(plan.pipeline.store.root.glob("*/*/meta.json"))))
+            calls += 1
+            assert calls < 50
+        files[name] = plan.results_file.read_bytes()
+        assert not list(plan.pipeline.store.root.glob("failed/*"))
+    assert calls > 3
+    assert stages == sorted(stages)  # what was made is kept
+    assert files["cut"] == files["whole"]
+
+
+def test_when_the_time_is_up_no_process_begins_a_stage_and_nothing_has_failed(small, place):
+    plan = Plan(small[0], str(small[1]), device="cpu")
+    assert plan.run(jobs=2, minutes=1e-9) == []
+    assert set(plan.states().values()) == {"missing"}
+    assert not list(plan.pipeline.store.root.glob("*/*/meta.json"))
+
+
+KILLED = """
+    import json, os, random, signal, sys, time
+    import torch
+    from pathlib import Path
+    from nucseg.runs import Plan
+    from nucseg.store import Store
+
+    torch.set_num_threads(1)
+    profile, data, place = sys.argv[1:]
+    log = Path(place) / "begun.log"
+    make_result = Store.get
+
+    def get(self, stage, config, make, inputs=(), code=()):
+        def logged(folder):
+            with open(log, "a") as file:
+                file.write(f"{stage}/{folder.name.split('.')[1]}\\n")
+            return make(folder)
+        return make_result(self, stage, config, logged, inputs, code)
+
+    Store.get = get
+
+    def start(home):  # a fork, because importing everything takes longer than the run
+        child = os.fork()
+        if not child:
+            os.environ["NUCSEG_HOME"] = str(home)
+            os._exit(bool(Plan(profile, data, device="cpu").run()))
+        return child
+
+    def finished(home):
+        return sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in Path(home).glob("runs/*/*/[!.]*/meta.json"))
+
+    begin = time.monotonic()
+    assert os.waitpid(start(Path(place) / "whole"), 0)[1] == 0
+    seconds = time.monotonic() - begin
+    log.unlink()
+
+    dice, attempts = random.Random(), []
+    while True:
+        child = start(Path(place) / "cut")
+        # Later and later, so that it comes to an end however slow this machine is.
+        end = time.monotonic() + seconds * dice.uniform(0, 0.1 + 0.1 * len(attempts))
+        status = 0
+        while time.monotonic() < end and not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            time.sleep(0.002)
+        if killed := not (time.monotonic() < end):
+            os.kill(child, signal.SIGKILL)
+            ended = os.waitpid(child, 0)
+            killed = os.WIFSIGNALED(ended[1])
+        begun = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        attempts.append({"killed": killed, "begun": begun, "finished": finished(Path(place) / "cut")})
+        table = next(Path(place).glob("cut/tables/*/results.csv"), None)
+        attempts[-1]["rows"] = table.read_text() if table else ""
+        if not killed:
+            assert ended[1] == 0
+            break
+    print(json.dumps(attempts))
+"""
+
+
+def test_a_run_killed_again_and_again_repeats_only_the_stage_in_hand(small, tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(small[0]), str(small[1]), str(tmp_path)]
+    quiet = {**__import__("os").environ, "NUCSEG_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=quiet, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    attempts = json.loads(done.stdout)
+    assert sum(attempt["killed"] for attempt in attempts) >= 3
+
+    before, in_hand = set(), []
+    for attempt in attempts:
+        begun, finished = attempt["begun"], set(attempt["finished"])
+        assert before <= finished, "a finished stage was lost"
+        assert not before & set(begun), "a finished stage was made again"
+        assert len(begun) == len(set(begun))
+        lost = set(begun) - finished
+        assert len(lost) <= attempt["killed"], "more than the stage in hand was lost"
+        in_hand += lost
+        before = finished
+        if attempt["rows"]:  # whole experiments or nothing
+            (tmp_path / "seen.csv").write_text(attempt["rows"])
+            seen = read_results(tmp_path / "seen.csv")
+            assert set(seen.groupby(["selection", "rounds"])["image_id"].nunique()) == {1}
+            assert attempt["rows"].endswith("\n")
+    assert in_hand, "no kill met a stage"
+
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+
+    def files(home):
+        """Everything but locks and records of who was running; contents where they hold no times."""
+        found = [p for p in home.rglob("*") if p.is_file() and p.suffix != ".lock" and p.parent.name != "running"]
+        timeless = {"results.csv", "metrics.csv", "selection.json", "curve.json", "model.safetensors"}
+        return {str(p.relative_to(home)): p.read_bytes() if p.name in timeless else b"" for p in found}
+
+    assert files(cut) == files(whole)
+    ids = [set(read_runs(next(home.glob("tables/*/runs.csv")))["run_id"]) for home in (cut, whole)]
+    assert ids[0] == ids[1]
+
+
+# -- several at once -------------------------------------------------------------------------------------------
+
+
+def test_an_experiment_that_another_process_holds_is_left_to_it(no_op):
+    plan = no_op(2)
+    held, other = plan.experiments
+    me = json.dumps({"host": "far", "pid": 7, "since": "2026-01-01T00:00:00+00:00"})
+    with claimed(running_file(plan.pipeline, held), me):
+        assert plan.states() == {held: "running", other: "missing"}
+        assert "on far, process 7, since 2026-01-01T00:00:00+00:00" in plan.describe()
+        assert run_one(plan.pipeline, held) == "running"
+        plan.run()
+        assert plan.states() == {held: "running", other: "done"}
+    assert plan.states() == {held: "missing", other: "done"}
+    assert run_one(plan.pipeline, held) == "done"
+
+
+def test_what_fails_in_one_process_is_not_tried_by_another_of_the_same_time(no_op, monkeypatch):
+    plan = no_op(1)
+    (experiment,) = plan.experiments
+    tried = []
+
+    def broken(self, experiment):
+        tried.append(experiment)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("nucseg.pipeline.Pipeline.run", broken)
+    since = time.time() - 1
+    assert run_one(plan.pipeline, experiment, since) == "failed"
+    assert run_one(plan.pipeline, experiment, since) == "failed"
+    assert len(tried) == 1
+    assert run_one(plan.pipeline, experiment, time.time() + 1) == "failed"
+    assert len(tried) == 2
+
+
+@pytest.fixture
+def ticket(no_op):
+    plan = no_op(1)
+    with plan._ticket(float("inf"), 0.0) as ticket:
+        yield plan, ticket
+
+
+def changed(ticket, **changes):
+    return Ticket(**{**ticket.__dict__, **changes})
+
+
+def test_a_worker_finds_everything_by_its_ticket(ticket, monkeypatch, tmp_path):
+    plan, given = ticket
+    monkeypatch.setenv("NUCSEG_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.chdir("/")
+    assert all(Path(path).is_absolute() for path in (*given.arguments[:3], given.home, given.token))
+    assert probe(given) == ""
+    assert work_on(given, plan.experiments[0]) == "done"
+    assert (tmp_path / "tables" / "noop" / "results.csv").is_file()
+
+
+def test_a_worker_that_cannot_give_the_same_results_says_why(ticket):
+    plan, given = ticket
+    assert "set NUCSEG_HOME to a folder on a file system that every machine mounts" in probe(
+        changed(given, token="/not/mounted/here")
+    )
+    assert "another version of the data" in probe(changed(given, fingerprint="0"))
+    assert "install the same" in probe(changed(given, version="0.0.1"))
+    assert "no profile" in probe(changed(given, arguments=("smaple", *given.arguments[1:])))
+    with pytest.raises(BackendError, match="does not see the results folder"):
+        work_on(changed(given, token="/not/mounted/here"), plan.experiments[0])
+
+
+def test_cluster_options_are_checked_before_anything_runs(no_op):
+    plan = no_op(1)
+    with pytest.raises(BackendError, match="add --backend"):
+        plan.run(address="tcp://there:1")
+    assert set(plan.states().values()) == {"missing"}
+
+
+# -- minutes to go ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_to_go_is_counted_by_stages_that_experiments_share(small, place):
+    plan = Plan(small[0], str(small[1]), device="cpu")
+    to_go = plan.to_go()
+    # rndcrop: 1; ours: 1 and a round more; full: 1. One random selection; CSinGAN with the selection before it.
+    assert len(to_go.trainings) == 4
+    assert sorted(e.selection for e in to_go.shared) == ["cps", "random-crop"]
+    crop = next(e for e in plan.experiments if e.selection == "random-crop")
+    plan.pipeline.selected(crop)
+    assert [e.selection for e in plan.to_go().shared] == ["cps"]
+    assert not list(Store(plan.pipeline.store.root).results("model")), "looking must not make anything"
+    assert "no estimate for hoverlite" in plan.describe()
+
+
+def test_measured_runs_give_an_estimate(no_op, monkeypatch):
+    plan = no_op(3)
+    plan.run()
+    runs = plan.results_file.with_name("runs.csv")
+    frame = read_runs(runs)
+    frame["seconds"] = [60.0, 90.0, 300.0]
+    frame.to_csv(runs, index=False)
+    plan.results_file.unlink()
+    for meta in (plan.pipeline.store.root / "model").glob("*/meta.json"):
+        meta.unlink()
+    assert plan.estimate().seconds == pytest.approx(3 * 90, abs=0.5)
+    assert "about 4.5 minutes to go, one after another (by the runs of noop)" in plan.describe()
+    assert "7.5 minutes spent" in plan.describe()

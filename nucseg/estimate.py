@@ -1,0 +1,176 @@
+"""How long it took and how long it will take, from measured seconds only; what was never measured has no estimate."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import median
+
+import pandas as pd
+
+from nucseg import gan
+from nucseg.config import to_plain
+from nucseg.experiments import Experiment
+from nucseg.profiles import Profile, load_profile, names
+from nucseg.results import read_runs
+from nucseg.store import environment, published
+
+
+@dataclass(frozen=True)
+class ToGo:
+    """What would still have to be made: the estimate is made from this list.
+
+    Attributes
+    ----------
+    trainings
+        Experiment and pseudo-labelling round of each; two experiments may share one, which stands here once.
+    shared
+        One experiment for each selection, or synthesis with the selection before it.
+    """
+
+    trainings: tuple[tuple[Experiment, int], ...]
+    shared: tuple[Experiment, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of work, one experiment after another.
+
+    Attributes
+    ----------
+    seconds
+        Of all that was measured before.
+    unknown
+        Segmenters, synthesisers and selections that were not.
+    source
+        The profiles whose runs were measured.
+    """
+
+    seconds: float
+    unknown: tuple[str, ...]
+    source: str
+
+    def __str__(self) -> str:
+        gap = f"no estimate for {', '.join(self.unknown)} (never measured here)" if self.unknown else ""
+        if not self.seconds and gap:
+            return gap
+        least = "at least " if gap else "about "
+        text = f"{least}{self.seconds / 60:.1f} minutes to go, one after another"
+        return "; ".join([text + (f" (by the runs of {self.source})" if self.source else "")] + [gap] * bool(gap))
+
+
+def shared_key(experiment: Experiment) -> tuple:
+    """Return what tells two shared stages apart: selection, and synthesis where there is one."""
+    e = experiment
+    painted = e.augmentation if e.augmentation in gan.REGISTRY else ""
+    return (e.dataset, e.selection, e.k1, e.k2, e.seed, painted)
+
+
+def spent_minutes(runs: pd.DataFrame | None) -> float:
+    """Return the minutes of all runs, and of each selection and synthesis that they share once."""
+    if runs is None:
+        return 0.0
+    shared = {shared_key(line.experiment): line.shared for line in _lines(runs)}
+    return (runs["seconds"].sum() + sum(shared.values())) / 60
+
+
+def estimate(to_go: ToGo, profile: Profile) -> Estimate:
+    """Estimate the time of what is to go from this profile's ``runs.csv`` on a machine like this one.
+
+    What it has not measured is taken from other profiles: trainings of the same segmenter with the same settings, by
+    seconds per iteration; selection and synthesis where their settings are the same.
+    """
+    known = _known(profile)
+    wanted = [e.segmenter for e, _ in to_go.trainings] + [_shared_kind(e) for e in to_go.shared]
+    used = [known[kind] for kind in wanted if kind in known]
+    unknown = tuple(dict.fromkeys(kind for kind in wanted if kind not in known))
+    return Estimate(sum(s for s, _ in used), unknown, ", ".join(dict.fromkeys(name for _, name in used)))
+
+
+def _known(profile: Profile) -> dict[str, tuple[float, str]]:
+    """Return the median seconds of a training by segmenter, and of selections and syntheses, with whose they are."""
+    known: dict[str, tuple[float, str]] = {}
+    others = {path.parent.name for path in published("tables", profile.name).parent.glob("*/runs.csv")}
+    for name in [profile.name, *sorted(others - {profile.name})]:
+        values = defaultdict(list)
+        here = [line for line in _lines(_runs_of(name)) if line.device == _device_kind(environment()["device"])]
+        for line in here:
+            segmenter = line.experiment.segmenter
+            if line.training == _training_of(profile, segmenter):
+                values[segmenter].append(line.seconds / line.iterations * profile.training_of(segmenter).iterations)
+        for line in {shared_key(line.experiment): line for line in here}.values():
+            if name == profile.name or _same_shared_settings(profile, name, line.experiment):
+                values[_shared_kind(line.experiment)].append(line.shared)
+        for kind, seconds in values.items():
+            known.setdefault(kind, (median(seconds), name))
+    return known
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of runs.csv, as far as it matters here."""
+
+    experiment: Experiment
+    seconds: float
+    shared: float
+    device: str
+    training: str
+    iterations: int
+
+
+def _lines(runs: pd.DataFrame | None) -> list[_Line]:
+    lines = []
+    for line in () if runs is None else runs.itertuples():
+        config = json.loads(line.config)
+        if not {"experiment", "model"} <= config.keys():
+            continue  # a line that says too little
+        training = config["model"]["training"][0]
+        lines.append(
+            _Line(
+                Experiment(**config["experiment"]),
+                float(line.seconds),
+                float(config.get("shared_seconds", 0)),
+                _device_kind(line.device),
+                _without_length(config["model"]["segmenter"], training),
+                training["iterations"],
+            )
+        )
+    return lines
+
+
+def _training_of(profile: Profile, segmenter: str) -> str:
+    what = (segmenter, profile.segmenter(segmenter), profile.segmenter_encoder)
+    return _without_length(to_plain(what), to_plain(profile.training_of(segmenter)))
+
+
+def _without_length(segmenter: list, training: dict) -> str:
+    """Return all that decides the seconds of one iteration."""
+    known = {name: training[name] for name in ("batch", "crop", "precision", "validate_every")}
+    return json.dumps([segmenter, known], sort_keys=True)
+
+
+def _device_kind(device: str) -> str:
+    """Return the kind of machine: the GPU's name, or that there is none."""
+    return "CPU" if device.endswith("CPU cores") else device
+
+
+def _shared_kind(experiment: Experiment) -> str:
+    return shared_key(experiment)[-1] or f"selection by {experiment.selection}"
+
+
+def _same_shared_settings(profile: Profile, other: str, experiment: Experiment) -> bool:
+    if other not in names():  # a YAML file somewhere: unknown settings are not the same
+        return False
+
+    def settings(of: Profile) -> tuple:
+        what = (of.encoder, of.selection)
+        painted = shared_key(experiment)[-1]
+        return (*what, of.masks, of.mask_count, of.synthesiser(painted)) if painted else what
+
+    return settings(profile) == settings(load_profile(other))
+
+
+def _runs_of(profile: str) -> pd.DataFrame | None:
+    path = published("tables", profile) / "runs.csv"
+    return read_runs(path) if path.is_file() else None

@@ -1,0 +1,129 @@
+"""Several processes to one GPU: an experiment starts when there is memory for it.
+
+Each process reserves what its experiment is likely to need, in a file that its death frees. Out of memory all the
+same, an experiment is run once more with the GPU to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+import torch
+
+from nucseg.progress import task
+from nucseg.store import claimed, holder, locked
+
+T = TypeVar("T")
+
+UNKNOWN_MB = 20_000  # for a segmenter that was never measured: four to an 80 GB GPU
+MARGIN = 1.25  # the allocator holds more than the tensors at their peak
+CONTEXT_MB = 1_000  # of CUDA itself, per process
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes
+    ----------
+    folder
+        Where the processes of this machine that share it leave their reservations.
+    memory
+        Returns free and total memory in MB.
+    """
+
+    folder: Path
+    memory: Callable[[], tuple[float, float]]
+
+    def empty_cache(self) -> None:
+        """Give back what this process's allocator keeps without using it: others cannot use it either."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def gpu(device: torch.device, folder: Path) -> Gpu:
+    """Return the GPU behind a CUDA device; reservations go to a folder of its own under `folder`."""
+    name = getattr(torch.cuda.get_device_properties(device), "uuid", device.index or 0)
+
+    def memory() -> tuple[float, float]:
+        free, total = torch.cuda.mem_get_info(device)
+        return free / 2**20, total / 2**20
+
+    return Gpu(folder / f"{socket.gethostname()}-{name}", memory)
+
+
+def needed(runs: pd.DataFrame | None, segmenter: str) -> float:
+    """Return the MB that an experiment is likely to need, by the peaks of the segmenter's trainings in ``runs.csv``.
+
+    Synthesis is not in these peaks; its generators are far smaller than a segmenter's batch.
+    """
+    peaks = [] if runs is None else runs.loc[[_segmenter(c) == segmenter for c in runs["config"]], "peak_gpu_mb"]
+    peak = max((peak for peak in peaks if peak > 0), default=None)  # NaN on a CPU
+    return UNKNOWN_MB if peak is None else MARGIN * peak + CONTEXT_MB
+
+
+def _segmenter(config: str) -> str:
+    return json.loads(config).get("experiment", {}).get("segmenter", "")
+
+
+@contextlib.contextmanager
+def reserved(gpu: Gpu, need: float, poll: float = 0.5) -> Iterator[None]:
+    """Wait until `need` MB are free and not promised to another process, and hold them inside the block.
+
+    With no other experiment on the GPU there is nothing to wait for, so one that needs more than there is starts too.
+    Those who wait are let in one after another, so none is passed by for ever.
+    """
+    with contextlib.ExitStack() as stack:
+        with locked(gpu.folder / ".lock"), task("waiting for GPU memory"):
+            while True:
+                gpu.empty_cache()
+                free, total = gpu.memory()
+                promised = _promised(gpu.folder)
+                if not promised or (need <= free and need + sum(promised) <= total):
+                    break
+                time.sleep(poll)
+            mine = gpu.folder / f"{os.getpid()}.json"
+            stack.enter_context(claimed(mine, json.dumps(need)))
+        try:
+            yield
+        finally:
+            gpu.empty_cache()
+
+
+def _promised(folder: Path) -> list[float]:
+    found = []
+    for path in folder.glob("*.json"):
+        text = holder(path)
+        if text is None:
+            path.unlink(missing_ok=True)  # nobody can claim it meanwhile: we hold the lock
+        else:
+            found.append(json.loads(text))
+    return found
+
+
+def run(work: Callable[[], T], need: float, gpu: Gpu, poll: float = 0.5) -> T:
+    """Return ``work()``, begun when there is memory for it, and tried once more alone where that was not enough.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If the GPU is too small for it even alone.
+    """
+    with reserved(gpu, need, poll):
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            pass  # its traceback holds tensors: it has to be gone before the second try
+    with reserved(gpu, float("inf"), poll):
+        return work()

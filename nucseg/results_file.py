@@ -1,0 +1,115 @@
+"""Adding an experiment to its profile's ``results.csv`` and ``runs.csv``, whole or not at all.
+
+Lines are ordered by experiment, so the file is the same, byte for byte, in whatever order, by however many processes
+and with however many interruptions its experiments were run. Known lines stay text: to parse, check and format them all
+again for each new experiment took most of the time that a run spends beside its experiments (bench_runs.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import pandas as pd
+
+from nucseg.results import (
+    EXPERIMENT,
+    RESULT_COLUMNS,
+    RUN_COLUMNS,
+    SCORES,
+    check_results,
+    read_results,
+    read_runs,
+)
+from nucseg.store import locked, published, write_text
+
+_COUNTS = ("k1", "k2", "rounds", "seed", "round", "best", "seen", "n_true", "n_pred")
+_SHARES = (*SCORES, "label_share")
+_IDENTITY = itemgetter(*(RESULT_COLUMNS.index(name) for name in ("profile", "encoder", *EXPERIMENT, "round")))
+_DATASET, _FINGERPRINT = (RESULT_COLUMNS.index(name) for name in ("dataset", "fingerprint"))
+
+Line = list[str]
+
+
+def add_results(frame: pd.DataFrame, runs: pd.DataFrame) -> None:
+    """Add an experiment's rows to its profile's results.csv and runs.csv, in place of its older ones.
+
+    Results of another version of the same dataset move to a file of their own, with a warning: they cannot stand in
+    one table with the new ones.
+    """
+    folder = published("tables", frame["profile"].iloc[0])
+    new = _lines(_checked(frame))
+    with locked(folder / ".results.lock"):
+        for left_over in folder.glob(".*.csv.*.part"):  # of a killed run: we hold the lock
+            left_over.unlink()
+        # runs.csv first: killed between the two, the experiment is still missing, and writes both again.
+        path = folder / "runs.csv"
+        known, new_runs = _known(path, RUN_COLUMNS, read_runs), _lines(runs[list(RUN_COLUMNS)])
+        replaced = {line[0] for line in new_runs}
+        _write(path, RUN_COLUMNS, [line for line in known if line[0] not in replaced] + new_runs)
+
+        path = folder / "results.csv"
+        known = _put_aside(_known(path, RESULT_COLUMNS, read_results), new, path)
+        _write(path, RESULT_COLUMNS, _replaced(known, new))
+
+
+def _checked(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame as `check_results` does, which is asked only where a glance finds something unusual."""
+    whole, shares = frame[[*_COUNTS]], frame[[*_SHARES]].to_numpy()
+    usual = all(dtype.kind == "i" for dtype in whole.dtypes) and shares.dtype.kind == "f"
+    if usual and (whole.to_numpy() >= 0).all() and ((shares >= 0) & (shares <= 1)).all() and _no_line_twice(frame):
+        return frame[list(RESULT_COLUMNS)]
+    return check_results(frame[list(RESULT_COLUMNS)])
+
+
+def _no_line_twice(frame: pd.DataFrame) -> bool:
+    return len(set(zip(frame["round"], frame["image_id"], strict=True))) == len(frame)
+
+
+def _replaced(known: list[Line], new: list[Line]) -> list[Line]:
+    """Return all lines, an experiment's new ones instead of its known ones, ordered by experiment and round."""
+    experiments = {_IDENTITY(line)[:-1] for line in new}
+    kept = [line for line in known if _IDENTITY(line)[:-1] not in experiments]
+    return sorted(kept + new, key=lambda line: _order(_IDENTITY(line)))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _order(identity: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
+    """Order numbers as numbers: seed 21 before seed 100."""
+    return tuple((int(value) if value.isdigit() else -1, value) for value in identity)
+
+
+def _put_aside(known: list[Line], new: list[Line], path: Path) -> list[Line]:
+    dataset, version = new[0][_DATASET], new[0][_FINGERPRINT]
+    other = [line for line in known if line[_DATASET] == dataset and line[_FINGERPRINT] != version]
+    for fingerprint in sorted({line[_FINGERPRINT] for line in other}):
+        lines = [line for line in other if line[_FINGERPRINT] == fingerprint]
+        aside = path.with_name(f"results-{dataset}-{fingerprint}.csv")
+        _write(aside, RESULT_COLUMNS, _replaced(_known(aside, RESULT_COLUMNS, read_results), lines))
+        text = f"the data of {dataset!r} have changed; {len(lines)} older results moved to {aside}"
+        warnings.warn(text, stacklevel=3)
+    return [line for line in known if line not in other] if other else known
+
+
+def _lines(frame: pd.DataFrame) -> list[Line]:
+    return list(csv.reader(io.StringIO(frame.to_csv(index=False))))[1:]
+
+
+def _known(path: Path, columns: Sequence[str], read: Callable[[Path], pd.DataFrame]) -> list[Line]:
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        header, *lines = list(csv.reader(file)) or [[]]
+    # Another header is an older file, or a broken one: `read` brings it up to date, or says what is wrong.
+    return lines if header == list(columns) else _lines(read(path))
+
+
+def _write(path: Path, columns: Sequence[str], lines: list[Line]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([list(columns), *lines])
+    write_text(path, text.getvalue())
