@@ -130,7 +130,8 @@ def _budget_panel(axis: Axes, curve: BudgetCurve, name: str) -> None:
 def _budget_legend(curve: BudgetCurve, several: bool) -> list[Line2D | Patch]:
     made = [Line2D([], [], color=GREY, linewidth=1.6, marker="o", markersize=3, label=REFERENCE)]
     made += [Line2D([], [], color=FAINT, linewidth=1.0, label="the others")] * several
-    made += [Patch(color=GREY, alpha=0.3, linewidth=0, label="worst to best seed")]
+    if (curve.points["seeds"] > 1).any():
+        made += [Patch(color=GREY, alpha=0.3, linewidth=0, label="worst to best seed")]
     if np.isfinite(curve.full[0]):
         made += [Line2D([], [], color=INK, linewidth=0.8, linestyle=DASHED, label="all labels")]
     return made

@@ -1,0 +1,142 @@
+"""What is drawn is what was computed: numbers are read back from the axes. All numbers here are made up."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import LineCollection
+from PIL import Image
+
+from nucseg.beyond import BudgetCurve
+from nucseg.figures.comparison import BLUE, VERMILION, budget_curves, colour_of, forest_plot, png, rank_plot
+from nucseg.stats import friedman_nemenyi
+
+
+def curve(against="label_share", strategies=("cps", "kmeans", "random-crop"), left_out=0, scale=1.0):
+    points = [
+        {"selection": name, "k1": k1, "x": scale * 0.005 * k1, "mean": 0.4 + 0.01 * k1 + 0.02 * i, "seeds": 4}
+        for i, name in enumerate(strategies)
+        for k1 in (3, 6, 9)
+    ]
+    frame = pd.DataFrame(points, columns=["selection", "k1", "x", "mean", "seeds"])
+    frame = frame.assign(low=frame["mean"] - 0.01, high=frame["mean"] + 0.01, sd=0.01)
+    return BudgetCurve(against, frame, (0.58, 0.57, 0.59), 14, left_out)
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+def panels(figure):
+    return {axis.get_title("left"): axis for axis in figure.axes if axis.get_title("left")}
+
+
+def test_every_strategy_has_a_panel_with_its_own_curve_beside_random_crops():
+    figure = budget_curves([curve()])
+    found = panels(figure)
+    assert set(found) == {"cps", "kmeans"}  # random crops are in all of them
+    lines = [
+        (tuple(np.round(line.get_xdata(), 4)), tuple(np.round(line.get_ydata(), 4))) for line in found["cps"].lines
+    ]
+    assert ((0.015, 0.03, 0.045), (0.43, 0.46, 0.49)) in lines
+    assert ((0.015, 0.03, 0.045), (0.47, 0.5, 0.53)) in lines
+    assert any(set(line.get_ydata()) == {0.58} for line in found["cps"].lines)  # all labels
+    low, high = found["cps"].collections[-1].get_paths()[0].vertices[:, 1].min(), found["cps"].get_ylim()[1]
+    assert low == pytest.approx(0.42)
+    assert high > 0.58
+    assert found["cps"].get_xlim()[0] == 0
+
+
+def test_pixels_stand_above_nuclei_and_what_is_left_out_is_said():
+    figure = budget_curves([curve(), curve("label_nuclei", left_out=2, scale=8000)])
+    assert len(figure.axes) == 4
+    assert "annotated pixels, % of the training images" in texts(figure)
+    assert "annotated nuclei (2 experiments left out: nuclei not counted)" in texts(figure)
+
+
+def test_a_curve_without_points_is_a_line_of_text_and_none_at_all_is_no_figure():
+    empty = curve("label_nuclei", strategies=(), left_out=9)
+    assert any(
+        "not drawn against annotated nuclei (9 experiments" in text for text in texts(budget_curves([curve(), empty]))
+    )
+    assert budget_curves([empty]) is None
+
+
+def test_random_crops_alone_are_drawn_too():
+    assert set(panels(budget_curves([curve(strategies=("random-crop",))]))) == {"random-crop"}
+
+
+def forest(**changes):
+    line = {"table": "II", "row": "NaiveAug", "id": "II.naive", "against": "CSinGAN", "mean difference": -0.03}
+    line |= {"CI low": -0.05, "CI high": -0.01, "images": 14, "seeds": 4, "why": ""}
+    return {**line, **changes}
+
+
+def test_each_row_of_the_forest_has_its_interval_in_its_colour_and_its_numbers_beside_it():
+    none = dict.fromkeys(("mean difference", "CI low", "CI high"), np.nan)
+    frame = pd.DataFrame(
+        [
+            forest(),
+            forest(row="SinGAN", **{"mean difference": 0.02, "CI low": 0.01, "CI high": 0.03}),
+            forest(row="cycleGAN", **{"mean difference": 0.0, "CI low": -0.01, "CI high": 0.01}),
+            forest(row="CSinGAN [run with hoverlite]", why="reference", **none),
+            forest(row="pix2pix", why="not run in this profile", images=0, seeds=0, **none),
+            forest(table="VI", row="K1 = 6", **{"CI low": np.nan, "CI high": np.nan}),
+        ]
+    )
+    figure = forest_plot(frame)
+    (axis,) = figure.axes
+    drawn = [c for c in axis.collections if isinstance(c, LineCollection)]
+    ends = [(c.get_segments()[0][0][0], c.get_segments()[0][-1][0]) for c in drawn[:3]]
+    assert ends == [(-0.05, -0.01), (0.01, 0.03), (-0.01, 0.01)]
+    from matplotlib.colors import to_hex
+
+    assert [to_hex(c.get_color()[0]).upper() for c in drawn[:2]] == [VERMILION, BLUE]
+    found = texts(figure)
+    for text in (
+        *("II · Augmentation", "VI · K1 and K2", "NaiveAug", "14 × 4", "not run in this profile", "reference"),
+        *("−0.030  [−0.050, −0.010]", "+0.020  [+0.010, +0.030]", "0  [−0.010, +0.010]", "−0.030"),
+        "CSinGAN [hoverlite]",
+    ):
+        assert text in found, text
+    grey = next(text for text in axis.texts if text.get_text() == "pix2pix")
+    assert grey.get_color() != next(text for text in axis.texts if text.get_text() == "NaiveAug").get_color()
+    assert -0.05 > axis.get_xlim()[0] == -axis.get_xlim()[1]
+
+
+def test_a_forest_of_rows_that_were_not_run_is_drawn_all_the_same():
+    none = dict.fromkeys(("mean difference", "CI low", "CI high"), np.nan)
+    frame = pd.DataFrame([forest(why="not run yet", images=0, seeds=0, **none)])
+    assert "not run yet" in texts(forest_plot(frame))
+    png(forest_plot(frame))
+
+
+def test_the_rank_plot_shows_ranks_groups_and_the_critical_difference():
+    scores = np.random.default_rng(0).normal(size=(20, 4)) + np.array([3.0, 0, 0.2, 0.1])
+    test = friedman_nemenyi(scores, ["cps", "kmeans", "random-crop", "typiclust"])
+    (axis,) = rank_plot(test).axes
+    dots = [float(line.get_xdata()[0]) for line in axis.lines if line.get_marker() == "o"]
+    assert dots == pytest.approx(test.mean_ranks)
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(test.systems)
+    bars = [line for line in axis.lines if line.get_linewidth() == 3]
+    assert len(bars) == len(test.groups) + 1
+    assert np.ptp(bars[-1].get_xdata()) == pytest.approx(test.critical_difference)
+    first, last = test.groups[0]
+    assert list(bars[0].get_ydata()) == [first - 0.25, last + 0.25]
+    assert any(f"critical difference {test.critical_difference:.2f}" in text.get_text() for text in axis.texts)
+
+
+def test_families_keep_their_colour():
+    assert colour_of("cps") == colour_of("cps-no-2nd") == BLUE
+    assert len({colour_of("cps"), colour_of("random-crop"), colour_of("kmeans")}) == 3
+
+
+def test_a_picture_for_a_notebook_is_small_and_looks_the_same():
+    figure = budget_curves([curve()])
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png", dpi=100, bbox_inches="tight")
+    light = png(figure)
+    assert len(light) < 0.6 * len(whole.getvalue())
+    one, other = (np.asarray(Image.open(io.BytesIO(b)).convert("RGB"), float) for b in (whole.getvalue(), light))
+    assert np.abs(one - other).mean() < 1.0

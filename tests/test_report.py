@@ -1,0 +1,109 @@
+"""From results.csv to everything a reader sees, without images. All numbers here are made up."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from PIL import Image
+from test_beyond import lines_of
+
+from nucseg.beyond import experiments
+from nucseg.experiments import TABLES, rows
+from nucseg.forest import forest_frame
+from nucseg.profiles import load_profile
+from nucseg.report import make_report
+from nucseg.stats import paired_tests
+
+PROFILE = load_profile("sample")
+PROFILE = replace(PROFILE, grid=replace(PROFILE.grid, budget_grid=(0.5, 1.0), budget_strategies=("cps", "kmeans")))
+
+
+def made_up(dataset="tissue", skip=()):
+    frames = []
+    for number, e in enumerate(experiments((*TABLES, "S", "B"), dataset, PROFILE.grid)):
+        if e.selection not in skip and e.segmenter in ("maskrcnn", "hoverlite"):
+            score = 0.3 + 0.003 * (number * 7 % 11) + 0.01 * e.k1
+            scores = [score, score + 0.1 + 0.001 * (number % 3), score + 0.2, *[score + 0.1] * 3]
+            frames.append(lines_of(e, scores, profile="sample", run_id=f"{number:08x}"))
+    return pd.concat(frames, ignore_index=True)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCSEG_HOME", str(tmp_path))
+    monkeypatch.delenv("NUCSEG_DATA", raising=False)
+    folder = tmp_path / "tables" / "sample"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_everything_is_made_from_the_results_alone(place):
+    lines = made_up()
+    lines.to_csv(place / "results.csv", index=False)
+    run = {"run_id": lines["run_id"].iloc[0], "started": "", "seconds": 90, "device": "1 GPU", "versions": ""}
+    other = {**run, "run_id": "elsewhere"}
+    pd.DataFrame([{**r, "peak_gpu_mb": None, "config": "{}"} for r in (run, other)]).to_csv(
+        place / "runs.csv", index=False
+    )
+    report = make_report(PROFILE)
+    assert set(report.tables) == {*TABLES, "IV of all", "S", "B"}
+    assert set(report.figures) == {"forest", "budget", "ranks"}
+    assert list(report.runs["run_id"]) == [run["run_id"]]
+    assert (report.progress["with results"] == report.progress["experiments"]).all()
+    paths = report.write()
+    names = {path.relative_to(place.parent.parent).as_posix() for path in paths}
+    assert len(names) == 4 * 9 + 3
+    assert {"tables/sample/tableB_tissue.md", "tables/sample/table4_all.tex"} <= names
+    with Image.open(place.parent.parent / "figures" / "sample" / "forest_tissue.png") as picture:
+        assert picture.text["Description"] == report.signature
+        assert set(picture.text["Source"].split()) == set(lines["run_id"])
+    assert "synthetic" in report.signature
+
+
+def test_half_a_grid_shows_what_is_there(place):
+    made_up(skip=("kmeans", "all", "random-crop")).to_csv(place / "results.csv", index=False)
+    report = make_report(PROFILE)
+    assert (report.progress["with results"] < report.progress["experiments"]).loc[["III", "S", "B"]].all()
+    assert report.progress.loc["I", "with results"] == report.progress.loc["I", "experiments"]
+    assert report.runs.empty
+    report.write()
+
+
+def test_without_results_it_says_what_makes_some(place):
+    with pytest.raises(FileNotFoundError, match=r"no results of profile 'sample' on 'tissue' in .*nucseg run --profile"):
+        make_report(PROFILE)
+    made_up("kumar").to_csv(place / "results.csv", index=False)
+    with pytest.raises(FileNotFoundError, match=r"\(only on kumar\)"):
+        make_report(PROFILE)
+    assert make_report(PROFILE, "kumar").dataset == "kumar"
+
+
+def test_the_forest_holds_every_row_of_the_paper_and_says_why_one_has_no_difference():
+    lines = made_up(skip=("kmeans", "all"))
+    frame = forest_frame(lines, "tissue", PROFILE.grid).set_index("id")
+    assert [name for name in frame.index if not name.startswith("S.")] == [r.id for t in TABLES for r in rows(t)]
+    assert frame.loc["I.kmeans", "why"] == "not run in this profile"
+    assert frame.loc["I.cps", "why"] == "reference"
+    assert frame.loc["III.full", "why"] == "not run yet"
+    assert frame.loc["V.hovernet-ours", "why"] == "reference: not run yet"
+    assert frame.loc["VI.k2-4-csingan", "why"] == "same runs as the reference"
+    assert frame.loc["V.mrcnn-ours", "against"] == "MRCNN"
+    assert frame.loc["S.random-crop", "why"] == "reference"
+    assert (frame["mean difference"].notna() == (frame["why"] == "")).all()
+    assert (frame.loc[frame["why"].str.startswith("not run"), "images"] == 0).all()
+
+
+def test_a_difference_in_the_forest_is_that_of_its_two_rows():
+    lines = made_up()
+    frame = forest_frame(lines, "tissue", PROFILE.grid).set_index("id")
+    same = (lines["k1"] == 6) & (lines["selection"] == "cps") & (lines["rounds"] == 0) & (lines["seed"] == 42)
+    scores = {how: lines[same & (lines["augmentation"] == how)]["aji"].to_numpy() for how in ("naive", "csingan")}
+    expected = paired_tests(scores["naive"], scores["csingan"])
+    for name in ("II.naive", "VI.k1-9"):  # the same comparison, once the paper's and once ours
+        found = frame.loc[name, ["mean difference", "CI low", "CI high"]].astype(float)
+        assert tuple(found) == pytest.approx(expected[:3])
+    own = lines[(lines["selection"] == "cps") & (lines["rounds"] == 1) & (lines["segmenter"] == "hoverlite")][
+        "aji"
+    ].mean()
+    full = lines[lines["selection"] == "all"]["aji"].mean()
+    assert frame.loc["V.hovernet-ours", "mean difference"] == pytest.approx(own - full)
