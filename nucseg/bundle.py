@@ -327,8 +327,11 @@ mkdir -p "$HOME" "$TMPDIR"
 "$python" -m nucseg.wheels "$here/wheels" "$here/site"
 
 if [[ -f $here/so-far.zip ]]; then
-  "$python" -m nucseg results add "$here/so-far.zip" || echo "Goes on with the results that are here." >&2
-  rm "$here/so-far.zip"
+  if "$python" -m nucseg results add "$here/so-far.zip"; then
+    rm "$here/so-far.zip"
+  else
+    echo "Goes on with the results that are in this folder alone." >&2
+  fi
 fi
 
 status=0
