@@ -70,7 +70,7 @@ def test_half_a_grid_shows_what_is_there(place):
 
 
 def test_without_results_it_says_what_makes_some(place):
-    with pytest.raises(FileNotFoundError, match=r"no results of profile 'sample' on 'tissue' in .*nucseg run --profile"):
+    with pytest.raises(FileNotFoundError, match=r"no results of profile 'sample' on 'tissue' .*nucseg run --pro"):
         make_report(PROFILE)
     made_up("kumar").to_csv(place / "results.csv", index=False)
     with pytest.raises(FileNotFoundError, match=r"\(only on kumar\)"):
