@@ -9,6 +9,7 @@ settings of a profile.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -88,6 +89,10 @@ class AugmentConfig:
         """Return the side of the square window whose pixels suffice for an output of side `size`."""
         angle = math.radians(min(self.rotate, 45.0))
         return math.ceil(size * (math.cos(angle) + math.sin(angle)) / self.scale[0]) if self.resamples else size
+
+    def largest_id(self, before: int) -> int:
+        """Return the largest id that `augment` can make of ids up to `before`: those of mirrored nuclei are new."""
+        return 10 * (before + 1) if self.resamples else before
 
 
 def augment(
@@ -215,8 +220,7 @@ def _recolour(images: Tensor, config: AugmentConfig, draw: _Draw) -> Tensor:
     eye = torch.eye(3, device=images.device, dtype=images.dtype)
     flat = images.reshape(b, 3, -1)
 
-    stains = F.normalize(torch.tensor(_STAINS), dim=1)
-    to_densities, to_amounts = stains.T.to(eye), torch.linalg.inv(stains.T).to(eye)
+    to_densities, to_amounts, luminance, third, cross = _colour_constants(images.device, images.dtype)
     jitter = torch.stack(
         [draw.between(-config.stain, config.stain) for _ in range(2)] + [torch.zeros_like(on[:, 0])], 1
     )
@@ -224,10 +228,8 @@ def _recolour(images: Tensor, config: AugmentConfig, draw: _Draw) -> Tensor:
     density = -torch.log(flat.clamp(min=1 / 255))
     flat = torch.exp(-(density_map @ density).clamp(min=0))
 
-    grey = torch.tensor([0.299, 0.587, 0.114], device=images.device, dtype=images.dtype).expand(3, 3)
+    grey = luminance.expand(3, 3)
     turn = (on[:, 0] * draw.between(-config.hue, config.hue) * math.pi / 180).view(b, 1, 1)
-    third, root = torch.full((3, 3), 1 / 3).to(eye), 1 / math.sqrt(3)
-    cross = torch.tensor([[0, -root, root], [root, 0, -root], [-root, root, 0]]).to(eye)
     hue = third + turn.cos() * (eye - third) + turn.sin() * cross  # a rotation about the grey axis
     saturation = (1 + on[:, 0] * draw.between(-config.saturation, config.saturation)).view(b, 1, 1)
     contrast = (1 + on[:, 0] * draw.between(-config.contrast, config.contrast)).view(b, 1, 1)
@@ -235,6 +237,16 @@ def _recolour(images: Tensor, config: AugmentConfig, draw: _Draw) -> Tensor:
     colour_map = contrast * ((saturation * eye + (1 - saturation) * grey) @ hue)
     centre = flat.mean(dim=(1, 2), keepdim=True)
     return ((colour_map @ (flat - centre)) + centre + brightness).view(images.shape)
+
+
+@functools.cache  # copying them from the host at every step would make it wait for the device
+def _colour_constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Stains to densities and back, luminance of RGB, and the two matrices of a turn about the grey axis."""
+    stains, root = F.normalize(torch.tensor(_STAINS), dim=1), 1 / math.sqrt(3)
+    cross = torch.tensor([[0, -root, root], [root, 0, -root], [-root, root, 0]])
+    constants = (stains.T, torch.linalg.inv(stains.T), torch.tensor([0.299, 0.587, 0.114]),
+                 torch.full((3, 3), 1 / 3), cross)  # fmt: skip
+    return tuple(constant.to(device, dtype) for constant in constants)
 
 
 def _blur(images: Tensor, sigma: Tensor, config: AugmentConfig) -> Tensor:

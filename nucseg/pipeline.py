@@ -24,10 +24,11 @@ from nucseg.data import Dataset, load_dataset
 from nucseg.encoders import Encoder
 from nucseg.experiments import Experiment
 from nucseg.masks import synthesize_with_report
-from nucseg.models.base import Segmenter
+from nucseg.mean_teacher import MeanTeacher
+from nucseg.models.base import RANDOM, Segmenter
 from nucseg.profiles import Profile, load_profile
 from nucseg.progress import task
-from nucseg.pseudo import pseudo_pairs
+from nucseg.pseudo import PseudoConfig, pseudo_pairs
 from nucseg.selection import PatchFeatures, Selection, extract, select
 from nucseg.store import Result, Store, home, published
 from nucseg.training import train
@@ -35,7 +36,10 @@ from nucseg.training import train
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
 
 SELECTION_CODE = ("nucseg.selection", "nucseg.encoders")
-MODEL_CODE = ("nucseg.models", "nucseg.training", "nucseg.augment", "nucseg.inference", "nucseg.encoders")
+MODEL_CODE = (
+    *("nucseg.models", "nucseg.training", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
+    *("nucseg.inference", "nucseg.encoders"),
+)
 
 
 class Pipeline:
@@ -208,31 +212,60 @@ class Pipeline:
     def build(self, experiment: Experiment, pretrained: bool = True) -> Segmenter:
         """Return the untrained segmenter of an experiment, its encoder pretrained."""
         config, encoder = self.profile.segmenter(experiment.segmenter), self.profile.segmenter_encoder
-        weights = self.profile.weights.get(encoder)
+        weights = self.profile.weights.get(models.encoder_of(experiment.segmenter, encoder))
         return models.build(experiment.segmenter, encoder, config, weights, pretrained)
 
+    def encoder_name(self, experiment: Experiment) -> str:
+        """Return the encoder as tables name it; one that was not pretrained says so."""
+        name = models.encoder_of(experiment.segmenter, self.profile.segmenter_encoder)
+        start = self.trained(experiment).meta["initialised_from"]
+        return name if start != RANDOM else f"{name} ({RANDOM})"
+
+    def pseudo_config(self, experiment: Experiment) -> PseudoConfig:
+        """Return how an experiment pseudo-labels: as its profile says.
+
+        A segmenter that no mean teacher can teach gets rounds of pseudo labels that leave out what is unsure.
+        """
+        config = self.profile.pseudo
+        if config.method == "mean-teacher" and not models.per_pixel(experiment.segmenter):
+            return replace(config, method="rounds", unsure="ignore")
+        return config
+
     def trained(self, experiment: Experiment, after: int = 0) -> Result:
-        """Train the segmenter after so many rounds of pseudo labels, from the start each time (A35)."""
+        """Train the segmenter after so many rounds of pseudo labels, from the start each time (A35).
+
+        With a mean teacher each round is a training that goes on from the model of the round before, on the annotated
+        pairs and, beside them, on the training images without labels.
+        """
         name = experiment.segmenter
         training = self.profile.training_of(name)
         augment = None if experiment.augmentation == "none" else self.profile.augment
+        pseudo = self.pseudo_config(experiment)
+        taught = after > 0 and pseudo.method == "mean-teacher"
 
         def make(folder: Path) -> dict:
-            groups = self._pairs(experiment, after)
+            groups = self._pairs(experiment, 0 if taught else after)
             torch.manual_seed(experiment.seed)  # the initial weights of the heads
             model = self.build(experiment).to(self.device)
+            schedule, teacher = training, None
+            if taught:
+                model.load_state_dict(self.model(experiment, after - 1).state_dict())
+                schedule = replace(training, ema=pseudo.teacher.decay)
+                images = [sample.image for sample in self.dataset.train]
+                teacher = MeanTeacher(images, pseudo.teacher, training.batch, training.crop, augment, self.device)
             title = f"training {name}" + (f", round {after}" if after else "")
             with task(title, training.iterations) as progress:
                 result = train(
                     model,
                     [pair for group in groups.values() for pair in group],
-                    training,
-                    seed=experiment.seed,
+                    schedule,
+                    seed=experiment.seed + (after if taught else 0),
                     augment=augment,
                     validate=self._validate if self.dataset.val else None,
                     device=self.device,
                     progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.2f}"),
                     pair_weights=self.profile.mix.weights({kind: len(group) for kind, group in groups.items()}),
+                    unlabelled=teacher,
                 )
             save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
             (folder / "curve.json").write_text(json.dumps(result.curve))
@@ -240,6 +273,7 @@ class Pipeline:
                 "validation_aji": result.curve[-1].get("val"),
                 "pairs": {kind: len(group) for kind, group in groups.items()},
                 "peak_gpu_mb": result.peak_memory // 2**20 or None,
+                "initialised_from": model.initialised_from,
             }
 
         inputs = [self.dataset.fingerprint]
@@ -247,7 +281,9 @@ class Pipeline:
             inputs.append(self.selected(experiment).key)
         if experiment.augmentation in gan.REGISTRY:
             inputs.append(self.synthesised(experiment).key)
-        if after:
+        if taught:
+            inputs.append(self.trained(experiment, after - 1).key)
+        elif after:
             inputs.append(self.pseudo_labelled(experiment, after).key)
         what = {
             "segmenter": (name, self.profile.segmenter(name), self.profile.segmenter_encoder),
@@ -255,7 +291,8 @@ class Pipeline:
             "seed": experiment.seed,
             "device": self.device.type,
         }
-        return self.store.get("model", what, make, inputs, MODEL_CODE)
+        what |= {"teacher": pseudo.teacher, "round": after} if taught else {}
+        return self.store.get("model", what, make, inputs, (*MODEL_CODE, *["nucseg.mean_teacher"] * taught))
 
     def _pairs(self, experiment: Experiment, after: int) -> dict[str, list[Pair]]:
         """Return the training pairs by kind."""
@@ -284,7 +321,7 @@ class Pipeline:
 
     def pseudo_labelled(self, experiment: Experiment, after: int) -> Result:
         """Label crops of the training images by the model of the round before (Sec. III-C, A34)."""
-        config = self.profile.pseudo
+        config = self.pseudo_config(experiment)
 
         def make(folder: Path) -> dict:
             patches = self.selection(experiment).patches
@@ -297,12 +334,15 @@ class Pipeline:
             with task(f"pseudo labels, round {after}"):
                 made = pseudo_pairs(predict, images, annotated, config, experiment.seed + after)
             crops = np.stack([image for image, _ in made.pairs])
-            labels = np.stack([labels for _, labels in made.pairs]).astype(np.uint16)
+            labels = np.stack([labels for _, labels in made.pairs])  # int32: they may be unknown
             np.savez_compressed(folder / "pairs.npz", images=crops, labels=labels)
             return {"kept": made.kept, "dropped": made.dropped}
 
         inputs = [self.trained(experiment, after - 1).key]
-        return self.store.get("pseudo", (config, after, experiment.seed), make, inputs, ["nucseg.pseudo"])
+        what = {name: value for name, value in to_plain(config).items() if name not in ("method", "teacher")}
+        return self.store.get(
+            "pseudo", (what, after, experiment.seed), make, inputs, ["nucseg.pseudo", "nucseg.labels"]
+        )
 
     def pseudo(self, experiment: Experiment, after: int) -> list[Pair]:
         """Return the pseudo-labelled crops that round `after` adds."""
@@ -359,7 +399,7 @@ class Pipeline:
                 "profile": self.profile.name,
                 "fingerprint": self.dataset.fingerprint,
                 **to_plain(experiment),
-                "encoder": self.profile.segmenter_encoder,
+                "encoder": self.encoder_name(experiment),
                 "supervision": experiment.supervision,
                 "round": r,
                 "best": int(r == best),
@@ -386,7 +426,8 @@ class Pipeline:
         lines = []
         for r in sorted({self._best_round(experiment), experiment.rounds}):
             own = [self.trained(experiment, r), self.evaluated(experiment, r)]
-            own += [self.pseudo_labelled(experiment, r)] if r else []
+            taught = self.pseudo_config(experiment).method == "mean-teacher"
+            own += [self.pseudo_labelled(experiment, r)] if r and not taught else []
             shared = [] if experiment.supervision == "full" else [self.selected(experiment)]
             if experiment.augmentation in gan.REGISTRY:
                 shared += [self.masked(experiment), self.synthesised(experiment)]
@@ -395,6 +436,7 @@ class Pipeline:
                 "experiment": to_plain(experiment),
                 "model": trained["config"],
                 "pairs": trained["pairs"],
+                "initialised_from": trained["initialised_from"],
                 "validation_aji": trained["validation_aji"],
                 "shared_seconds": sum(result.meta["seconds"] for result in shared),
             }

@@ -7,18 +7,22 @@ patches keep their true labels. Every round trains again from the start (A35), w
 Deviations from the released code, which adds overlapping masks up (their ids are summed), keeps every size and forgets
 the annotations: here a crop's labels are a label map, and a nucleus that a patch's border cuts is completed from the
 prediction instead of being doubled.
+
+Beyond the paper: a nucleus that was dropped is not known to be background, so `PseudoConfig.unsure` can mark it as
+unknown, and `PseudoConfig.method` can replace the rounds by a mean teacher (`nucseg.mean_teacher`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from nucseg.labels import check_label_map, relabel
+from nucseg.labels import IGNORE, check_label_map, relabel
+from nucseg.mean_teacher import MeanTeacherConfig
 from nucseg.models.base import Instances
 
 Annotation = tuple[int, int, int, np.ndarray]  # row, column, size, label map (size, size) with the truth
@@ -30,6 +34,11 @@ class PseudoConfig:
 
     Attributes
     ----------
+    method
+        ``"rounds"`` of fixed pseudo labels, the paper's, or ``"mean-teacher"``: each round is one training with a mean
+        teacher from the model of the round before; only `teacher` counts then. For HoVer heads.
+    unsure
+        What the pixels of dropped nuclei become: ``"background"``, the paper's, or ``"ignore"``: no loss looks there.
     crops
         Pseudo-labelled crops per round, shared equally among the images.
     size
@@ -42,14 +51,19 @@ class PseudoConfig:
         Positions drawn for each crop, of which the one with the fewest doubtful pixels is taken. 1 is the paper's
         uniform draw. Our stronger variant takes more: a dropped nucleus is background to the student, so crops
         without dropped nuclei mislead it least.
+    teacher
+        Every number of the mean teacher.
     """
 
+    method: Literal["rounds", "mean-teacher"] = "rounds"
+    unsure: Literal["background", "ignore"] = "background"
     crops: int = 600
     size: int = 256
     confidence: float = 0.5
     min_area: int = 20
     max_area: int = 0
     positions: int = 1
+    teacher: MeanTeacherConfig = field(default_factory=MeanTeacherConfig)
 
     def __post_init__(self):
         for name in ("crops", "size", "positions"):
@@ -67,7 +81,7 @@ class PseudoConfig:
 class PseudoLabels(NamedTuple):
     """The crops of one round, and what became of the predicted nuclei of the whole images."""
 
-    pairs: list[tuple[np.ndarray, np.ndarray]]  # (image (s, s, 3) uint8, labels (s, s) int32 with ids 1..n)
+    pairs: list[tuple[np.ndarray, np.ndarray]]  # (image (s, s, 3) uint8, labels (s, s) int32: ids 1..n, 0, IGNORE)
     positions: list[tuple[int, int, int]]  # image, row, column of each crop
     kept: int  # predicted nuclei that became pseudo labels
     dropped: dict[str, int]  # predicted nuclei by why they did not: "unsure", "small", "large", "annotated"
@@ -122,7 +136,9 @@ def pseudo_pairs(
         sure, doubtful, why = filter_instances(prediction, config)
         labels, replaced = merge_truth(sure, patches, config.min_area)
         for _, _, window in _windows(patches, image.shape[:2]):
-            doubtful[window] = False
+            doubtful[window] = False  # there the truth is known
+        if config.unsure == "ignore":
+            labels[doubtful & (labels == 0)] = IGNORE
         for reason, n in why.items():
             dropped[reason] += n
         dropped["annotated"] += replaced

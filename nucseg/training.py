@@ -7,6 +7,7 @@ stay on the device; crops, augmentation and targets of a whole batch are made th
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nucseg.augment import AugmentConfig, augment
+from nucseg.augment import AugmentConfig
 from nucseg.crops import CropPool
 from nucseg.models.base import Segmenter
+from nucseg.steps import Average, Step, TrainingDivergedError, Unlabelled
+
+__all__ = ["TrainingConfig", "TrainingDivergedError", "TrainingResult", "learning_rate", "train"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class TrainingConfig:
         ``"fp32"`` or ``"bf16"`` (autocast, weights stay fp32).
     ema
         Decay of an exponential moving average of the weights, which is then what is validated and returned; 0 = none.
+    channels_last
+        Layout of images and weights in memory: what a GPU's tensor cores like best, except with grouped convolutions.
+    cuda_graph
+        Capture the step once and replay it, where that can be done: on a GPU, with a model of fixed shapes (not Mask
+        R-CNN). Left aside elsewhere, so that one profile runs everywhere.
     validate_every, log_every
         Iterations between validations (0 = only at the end) and between rows of the curve.
     """
@@ -63,6 +71,8 @@ class TrainingConfig:
     clip: float = 5.0
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: float = 0.0
+    channels_last: bool = True
+    cuda_graph: bool = False
     validate_every: int = 500
     log_every: int = 50
 
@@ -92,10 +102,6 @@ class TrainingResult(NamedTuple):
     peak_memory: int  # bytes on the device; 0 on the CPU
 
 
-class TrainingDivergedError(FloatingPointError):
-    """The loss is no longer a finite number."""
-
-
 def train(
     model: Segmenter,
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
@@ -108,6 +114,7 @@ def train(
     resume_from: dict[str, Any] | None = None,
     checkpoint: Callable[[dict[str, Any]], None] | None = None,
     pair_weights: Sequence[float] | None = None,
+    unlabelled: Unlabelled | None = None,
 ) -> TrainingResult:
     """Train a segmenter on images and label maps.
 
@@ -135,67 +142,60 @@ def train(
         validation; `resume_from` takes one back and goes on as if nothing had happened. Files are the caller's affair.
     pair_weights
         Relative probability of each pair, for example to draw real pairs as often as synthetic ones; None = equal.
+    unlabelled
+        Further loss terms on images without labels, from the model, its average as teacher (so `config.ema` must be
+        above 0; the starting weights count as the first teacher), the generator and the share of the training done.
+        See `nucseg.mean_teacher`.
 
     Raises
     ------
     TrainingDivergedError
         When the loss became NaN or infinite, with the iteration and the terms.
     """
+    if unlabelled and not config.ema:
+        raise ValueError("ema: a teacher is the average of the weights, so its decay must be above 0")
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     crops = CropPool(pairs, augment.window(config.crop) if augment else config.crop, device, pair_weights)
-    optimiser = _optimiser(model, config)
-    averaged = _average_of(model, config.ema) if config.ema else None
+    averaged = Average(model, config.ema, from_start=unlabelled is not None) if config.ema else None
     candidate = averaged.module if averaged else model  # what is validated and returned
     generator = torch.Generator(device).manual_seed(seed)
     curve: list[dict[str, float]] = []
     start, best_value, best_iteration, best_state, seconds = 0, -math.inf, 0, None, 0.0
-    watch = _DivergenceWatch(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # networks with dropout use the global state
         torch.manual_seed(seed)
         if resume_from is not None:
+            start, seconds, curve = resume_from["iteration"], resume_from["seconds"], list(resume_from["curve"])
+        step = Step(model, crops, augment, config, generator, averaged, unlabelled, start)
+        if resume_from is not None:
             model.load_state_dict(resume_from["model"])
-            optimiser.load_state_dict(resume_from["optimiser"])
+            step.optimiser.load_state_dict(resume_from["optimiser"])
             if averaged:
                 averaged.load_state_dict(resume_from["averaged"])
             generator.set_state(resume_from["generator"])
             torch.set_rng_state(resume_from["rng"])
             if device.type == "cuda":
                 torch.cuda.set_rng_state(resume_from["rng_cuda"], device)
-            start, seconds, curve = resume_from["iteration"], resume_from["seconds"], list(resume_from["curve"])
             best_value, best_iteration = resume_from["best_value"], resume_from["best_iteration"]
             best_state = resume_from["best_state"]
         began = time.perf_counter() - seconds
 
         model.train()
+        candidate.train(candidate is model)  # a teacher speaks in eval mode
         for iteration in range(start + 1, config.iterations + 1):
-            images, label_maps = crops.draw(config.batch, generator)
-            if augment:
-                images, label_maps = _augment(images, label_maps, augment, generator, config.crop)
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, iteration)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                terms = model.loss(images.contiguous(memory_format=torch.channels_last), label_maps)
-            total = sum(terms.values())
-            optimiser.zero_grad(set_to_none=True)
-            total.backward()
-            if config.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimiser.step()
-            if averaged:
-                averaged.update_parameters(model)
-            watch.look(iteration, terms)
+            rate = learning_rate(config, iteration)
+            terms = step(rate)
 
             last = iteration == config.iterations
             validating = last or (config.validate_every and iteration % config.validate_every == 0)
             if not (validating or iteration % config.log_every == 0):
                 continue
-            watch.check()  # the only place where the host waits for the device
-            row = {"iteration": iteration, "lr": learning_rate(config, iteration), "total": float(total.detach())}
-            row |= {name: float(term.detach()) for name, term in terms.items()}
+            step.watch.check()  # the only place where the host waits for the device
+            row = {"iteration": iteration, "lr": rate, "total": float(sum(terms.values()))}
+            row |= {name: float(term) for name, term in terms.items()}
             if validating and validate is not None:
                 candidate.eval()
                 row["val"] = float(validate(candidate))
@@ -210,8 +210,8 @@ def train(
                 checkpoint(
                     {
                         "model": _copy(model.state_dict()),
-                        "averaged": _copy(averaged.state_dict()) if averaged else None,
-                        "optimiser": optimiser.state_dict(),
+                        "averaged": averaged.state_dict() if averaged else None,
+                        "optimiser": copy.deepcopy(step.optimiser.state_dict()),
                         "generator": generator.get_state(),
                         "rng": torch.get_rng_state(),
                         "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -230,9 +230,6 @@ def train(
     return TrainingResult(curve, best_iteration, best_state, time.perf_counter() - began, peak)
 
 
-_augment = augment  # `train` has a parameter of that name
-
-
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
     """Return the rate of an iteration, counted from 1.
 
@@ -249,45 +246,6 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
     if rising:
         return config.lr * max(share, 1 / config.iterations)
     return config.lr if config.schedule == "constant" else config.lr * (1 + math.cos(math.pi * share)) / 2
-
-
-class _DivergenceWatch:
-    """Remembers, on the device and without waiting for it, the first iteration whose loss was not finite."""
-
-    def __init__(self, device: torch.device):
-        self.first = torch.zeros((), dtype=torch.int64, device=device)
-        self.terms: Tensor | None = None
-        self.names: list[str] = []
-
-    def look(self, iteration: int, terms: dict[str, Tensor]) -> None:
-        self.names = list(terms)
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        new = (self.first == 0) & ~torch.isfinite(values).all()
-        self.terms = values if self.terms is None else torch.where(new, values, self.terms)
-        self.first = torch.where(new, iteration, self.first)
-
-    def check(self) -> None:
-        if iteration := int(self.first):
-            terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.names, self.terms.tolist(), strict=True))
-            raise TrainingDivergedError(
-                f"the loss is not finite since iteration {iteration} ({terms}); "
-                "lower the learning rate, lengthen the warm-up or train in fp32"
-            )
-
-
-def _optimiser(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if config.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr)
-
-
-def _average_of(model: torch.nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -86,6 +86,15 @@ def test_unknown_pixels_move_with_the_image_and_stay_unknown():
     assert (turned == IGNORE).float().mean().item() == pytest.approx((labels == IGNORE).float().mean().item(), abs=0.03)
 
 
+def test_ids_of_mirrored_nuclei_are_new_and_bounded():
+    labels = torch.arange(1, 65, dtype=torch.int32).reshape(1, 8, 8).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = torch.zeros(8, 3, 32, 32)
+    config = AugmentConfig(**STILL | {"rotate": 180.0, "scale": (0.25, 0.3)})
+    _, moved = augment(images, labels.expand(8, -1, -1), config, generator())
+    assert 64 < moved.max() <= config.largest_id(64)
+    assert AugmentConfig().largest_id(64) == 64
+
+
 def test_a_window_of_the_stated_size_needs_no_pixel_from_beyond():
     config = AugmentConfig(**STILL | {"rotate": 180.0, "scale": (0.7, 1.0)})
     side = config.window(48)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from scipy import ndimage
 
 from nucseg.inference import InferenceConfig
@@ -346,6 +347,33 @@ def test_hovernet_overfits_one_small_crop():
     assert losses[-1] < 0.6 * losses[0], losses
 
 
+def test_hovernet_reads_the_published_files_layout(tmp_path, monkeypatch):
+    """Under ``desc``, from a model in parallel, with decoders that are not asked for; names as in the released code."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        donor = build("hovernet")
+    names = {
+        "conv0./.weight", "conv0.bn.running_mean", "d0.units.0.conv1/bn.weight", "d0.units.1.preact/bn.bias",
+        "d2.units.5.conv3.weight", "d3.blk_bna.bn.weight", "d1.shortcut.weight",
+    }  # fmt: skip
+    state = {k: v for k, v in donor.state_dict().items() if k.split(".")[0] in ("conv0", "d0", "d1", "d2", "d3")}
+    assert names <= set(state)
+    published = {f"module.{k}": v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    published["module.decoder.np.u0.conv.weight"] = torch.zeros(2, 64, 1, 1)
+    path = tmp_path / "ImageNet-ResNet50-Preact_pytorch.tar"
+    torch.save({"desc": published, "epoch": 50}, path)
+    model = build("hovernet", weights=path)
+    assert model.initialised_from == path.name
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items() if "num_batches" not in k)
+    del published["module.d2.units.5.conv3.weight"]
+    torch.save({"desc": published}, path)
+    with pytest.raises(RuntimeError, match=r"missing or ill-shaped \['d2.units.5.conv3.weight'\]"):
+        build("hovernet", weights=path)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "preact-resnet50.safetensors")
+    monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path))
+    assert build("hovernet").initialised_from == "preact-resnet50.safetensors"
+
+
 def test_hovernet_says_which_weights_it_started_from(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -358,6 +386,7 @@ def test_hovernet_says_which_weights_it_started_from(tmp_path):
     assert model.initialised_from == "preact.pt"
     assert torch.equal(model.d3.shortcut.weight, donor.d3.shortcut.weight)
     assert not torch.equal(model.conv_bot.weight, donor.conv_bot.weight)
+    assert build("hovernet", weights=path, pretrained=False).initialised_from == "random weights"
     torch.save({"conv0./.weight": torch.zeros(1)}, path)
     with pytest.raises(RuntimeError, match="no weights of a pre-activation ResNet50"):
         build("hovernet", weights=path)

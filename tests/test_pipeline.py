@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +136,63 @@ def test_pseudo_labels_are_cut_from_training_images_alone(pipeline, ours, datase
     monkeypatch.setattr(fresh, "model", watched)
     assert len(fresh.pseudo(ours, 1)) == 5
     assert set(seen) == {sample.image.tobytes() for sample in dataset.train}
+
+
+def with_pseudo(pipeline, dataset, **changes):
+    profile = replace(PROFILE, pseudo=replace(PROFILE.pseudo, **changes))
+    return Pipeline(profile, dataset, device="cpu", results=pipeline.store.root)
+
+
+def test_a_mean_teacher_goes_on_from_the_round_before_without_pseudo_labels(pipeline, ours, rows, dataset, monkeypatch):
+    def no_labels(*_, **__):
+        raise AssertionError("labelled crops")
+
+    taught = with_pseudo(pipeline, dataset, method="mean-teacher")
+    monkeypatch.setattr("nucseg.pipeline.pseudo_pairs", no_labels)
+    frame = taught.run(ours)
+    assert set(frame["round"]) <= {0, 1}
+    assert taught.trained(ours).key == pipeline.trained(ours).key  # the round before is shared
+    assert taught.trained(ours, 1).key != pipeline.trained(ours, 1).key
+    assert "unlabelled_np_ce" in taught.curve(ours, 1)
+    assert list(taught.runs(ours).columns) == list(RUN_COLUMNS)
+    before, after = (taught.model(ours, r).encoder.net.conv_stem.weight for r in (0, 1))
+    assert 0 < (after - before).abs().max() < 0.01  # three steps of a slow average away
+
+
+def test_switches_of_the_pseudo_labels_change_no_key_but_their_own(pipeline, ours, rows, dataset):
+    other = with_pseudo(pipeline, dataset, teacher=replace(PROFILE.pseudo.teacher, decay=0.5))
+    assert other.pseudo_labelled(ours, 1).key == pipeline.pseudo_labelled(ours, 1).key
+    ignoring = with_pseudo(pipeline, dataset, unsure="ignore", confidence=0.99)
+    assert ignoring.pseudo_labelled(ours, 1).key != pipeline.pseudo_labelled(ours, 1).key
+    assert min(labels.min() for _, labels in ignoring.pseudo(ours, 1)) == -1
+    assert min(labels.min() for _, labels in pipeline.pseudo(ours, 1)) == 0
+    assert ignoring.curve(ours, 1)["total"].notna().all()
+
+
+def test_a_segmenter_that_no_teacher_can_teach_leaves_out_what_is_unsure(pipeline, ours, dataset):
+    taught = with_pseudo(pipeline, dataset, method="mean-teacher")
+    assert taught.pseudo_config(ours).method == "mean-teacher"
+    fallback = taught.pseudo_config(replace(ours, segmenter="maskrcnn"))
+    assert (fallback.method, fallback.unsure) == ("rounds", "ignore")
+
+
+def test_a_network_that_starts_from_random_weights_says_so_in_every_row(pipeline, ours, rows, monkeypatch):
+    assert set(rows["encoder"]) == {"efficientnet_lite0"}
+    assert json.loads(pipeline.runs(ours)["config"][0])["initialised_from"] == "efficientnet_lite0 (ImageNet)"
+    random = replace(pipeline.trained(ours), meta={"initialised_from": "random weights"})
+    monkeypatch.setattr(pipeline, "trained", lambda *_: random)
+    name = pipeline.encoder_name(replace(ours, segmenter="hovernet"))
+    assert name == "preact-resnet50 (random weights)"
+
+
+def test_hovernet_gets_the_weights_of_its_own_encoder(pipeline, ours, dataset, monkeypatch):
+    files = {"efficientnet_lite0": "lite0.pth", "preact-resnet50": "preact.pth"}
+    run = Pipeline(replace(PROFILE, weights=files), dataset, device="cpu", results=pipeline.store.root)
+    given = []
+    monkeypatch.setattr("nucseg.pipeline.models.build", lambda name, encoder, config, weights, _: given.append(weights))
+    for segmenter in ("hovernet", "hoverlite", "maskrcnn"):
+        run.build(replace(ours, segmenter=segmenter))
+    assert given == ["preact.pth", "lite0.pth", "lite0.pth"]
 
 
 def test_full_supervision_sees_every_label_and_needs_no_selection(pipeline, dataset, ours):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from nucseg.config import ConfigError, from_mapping
+from nucseg.labels import IGNORE
 from nucseg.models.base import Instances
 from nucseg.pseudo import PseudoConfig, filter_instances, merge_truth, pseudo_pairs
 
@@ -187,6 +190,26 @@ def test_crops_hold_the_filtered_prediction_and_the_truth_of_the_patches(positio
     assert made.kept + sum(made.dropped.values()) == present
 
 
+def test_dropped_nuclei_become_unknown_where_asked_and_nowhere_else():
+    images, answers, predict, _ = images_and_predictor(2)
+    config = PseudoConfig(crops=20, size=32, confidence=0.6, min_area=10)
+    patch = cut(squares((3, 3, 9, 9), shape=(64, 64)), 0, 0, 24)
+    plain = pseudo_pairs(predict, images, [[patch], []], config, seed=2)
+    asked = pseudo_pairs(predict, images, [[patch], []], replace(config, unsure="ignore"), seed=2)
+    assert asked.positions == plain.positions
+    assert (asked.kept, asked.dropped) == (plain.kept, plain.dropped)
+    unknown = 0
+    for (_, with_holes), (_, labels), (number, row, col) in zip(asked.pairs, plain.pairs, asked.positions, strict=True):
+        doubtful = filter_instances(answers[number], config)[1]
+        if number == 0:
+            doubtful[:24, :24] = False  # there the truth is known
+        here = doubtful[row : row + 32, col : col + 32] & (labels == 0)
+        assert np.array_equal(with_holes == IGNORE, here)
+        assert np.array_equal(np.where(here, 0, with_holes), labels)
+        unknown += here.sum()
+    assert unknown > 500
+
+
 def test_equal_seeds_give_equal_crops_and_other_seeds_others():
     images, _, predict, _ = images_and_predictor()
     runs = [pseudo_pairs(predict, images, [[]] * 3, PseudoConfig(crops=6, size=32), seed=s) for s in (7, 7, 8)]
@@ -221,7 +244,14 @@ def test_a_list_of_patches_for_every_image_is_required():
 
 @pytest.mark.parametrize(
     ("values", "name"),
-    [({"crops": 0}, "crops"), ({"confidence": 2.0}, "confidence"), ({"min_area": 9, "max_area": 5}, "min_area")],
+    [
+        ({"crops": 0}, "crops"),
+        ({"confidence": 2.0}, "confidence"),
+        ({"min_area": 9, "max_area": 5}, "min_area"),
+        ({"unsure": "forget"}, "unsure"),
+        ({"method": "teacher"}, "method"),
+        ({"teacher": {"decai": 0.9}}, "decay"),
+    ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(values, name):
     with pytest.raises(ConfigError, match=name):

@@ -9,22 +9,31 @@ from typing import Any, NamedTuple
 from nucseg.config import nearest
 from nucseg.models.base import Instances, Segmenter
 
-__all__ = ["REGISTRY", "Entry", "Instances", "Segmenter", "build", "config_class"]
+__all__ = ["REGISTRY", "Entry", "Instances", "Segmenter", "build", "config_class", "encoder_of", "per_pixel"]
 
 
 class Entry(NamedTuple):
-    """Where a segmenter lives: module, class, and class of its configuration; whether it takes an encoder by name."""
+    """Where a segmenter lives: module, class, and class of its configuration.
+
+    Attributes
+    ----------
+    own_encoder
+        Of an architecture that is its own encoder; "" takes any encoder by name.
+    per_pixel
+        Whether its targets are per pixel, so that a mean teacher can teach it.
+    """
 
     module: str
     model: str
     config: str
-    any_encoder: bool = True
+    own_encoder: str = ""
+    per_pixel: bool = True
 
 
 REGISTRY = {
-    "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig"),
+    "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig", per_pixel=False),
     "hoverlite": Entry("nucseg.models.hoverlite", "HoverLite", "HoverLiteConfig"),
-    "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig", any_encoder=False),
+    "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig", own_encoder="preact-resnet50"),
 }
 
 
@@ -61,8 +70,18 @@ def build(
     expected = config_class(name)
     if config is not None and not isinstance(config, expected):
         raise TypeError(f"config: {name} takes a {expected.__name__}, got {type(config).__name__}")
-    chosen = {"encoder": encoder} if encoder is not None and entry.any_encoder else {}
+    chosen = {"encoder": encoder} if encoder is not None and not entry.own_encoder else {}
     return model(**chosen, config=config or expected(), weights=weights, pretrained=pretrained)
+
+
+def encoder_of(name: str, encoder: str) -> str:
+    """Return the encoder that a segmenter starts from when it is offered `encoder`: its own, or the offered one."""
+    return _entry(name).own_encoder or encoder
+
+
+def per_pixel(name: str) -> bool:
+    """Return whether a segmenter's targets are per pixel."""
+    return _entry(name).per_pixel
 
 
 def config_class(name: str) -> type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +18,31 @@ class Instances(NamedTuple):
     scores: np.ndarray  # (n,) float32 in [0, 1]; scores[i] belongs to id i + 1
 
 
+RANDOM = "random weights"
+
+
 class Segmenter(nn.Module, ABC):
     """The interface behind which every system of Table IV runs.
 
     To add one, write one file with a subclass and its frozen configuration, and name it in `nucseg.models.REGISTRY`.
+
+    Attributes
+    ----------
+    fixed_shapes
+        Whether every tensor of `loss` has a shape that follows from those of its arguments, and nothing waits for the
+        device: such a training step can be captured as a CUDA graph.
+    largest_id
+        The largest id that the label maps of `loss` can hold, where the caller knows it, as the training loop does.
+        None: `loss` looks, and the host waits for the device.
+    initialised_from
+        What the encoder started from: ``"random weights"``, the name of pretrained ones or of their file; printed with
+        every result.
     """
+
+    initialised_from = RANDOM
+
+    fixed_shapes = False
+    largest_id: int | None = None
 
     @abstractmethod
     def loss(self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]) -> dict[str, Float[Tensor, ""]]:
@@ -38,3 +59,10 @@ class Segmenter(nn.Module, ABC):
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Segment one whole image, (H, W, 3) uint8, into a label map, (H, W) int32."""
         return self.predict_instances(image).labels
+
+
+def origin(encoder: str, weights: str | Path | None, pretrained: bool) -> str:
+    """Name what an encoder started from, for `Segmenter.initialised_from`."""
+    if not pretrained:
+        return RANDOM
+    return Path(weights).name if weights is not None else f"{encoder} (ImageNet)"

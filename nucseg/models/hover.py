@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -78,9 +79,18 @@ class HoverConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
+class HoverTargets(NamedTuple):
+    """What a HoVer loss compares with, pixel by pixel."""
+
+    inside: Tensor  # (b, h, w) bool: nucleus or not
+    hv: Tensor  # (b, 2, h, w) float32: x and y in [-1, 1], 0 in the background
+    known: Tensor  # (b, h, w) bool: False adds to no term
+
+
 class HoverSegmenter(Segmenter):
     """A network with NP and HV heads; a subclass gives `heads`."""
 
+    fixed_shapes = True
     vector_channels = (1, 2)  # of `maps`: x and y of a vector, which turn with the image
 
     def __init__(self, hover: HoverConfig, inference: InferenceConfig):
@@ -93,15 +103,33 @@ class HoverSegmenter(Segmenter):
 
     def loss(self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]) -> dict[str, Float[Tensor, ""]]:
         """Return the four weighted terms ``np_ce``, ``np_dice``, ``hv_mse``, ``hv_gradient``."""
+        inside, hv = hv_targets(label_maps, self.hover.smallest_target, self.largest_id)
+        return self.loss_on(images, HoverTargets(inside, hv, label_maps != IGNORE))
+
+    def loss_on(self, images: Float[Tensor, "b 3 h w"], targets: HoverTargets) -> dict[str, Float[Tensor, ""]]:
+        """Return the same terms on targets of the size of the images, or of their predicted centre."""
         logits, hv = self.heads(images)
-        inside, target = hv_targets(label_maps, self.hover.smallest_target)
-        known = label_maps != IGNORE
-        if target.shape[-2:] != hv.shape[-2:]:  # a network without padding sees more than it predicts
-            top, left = ((a - b) // 2 for a, b in zip(target.shape[-2:], hv.shape[-2:], strict=True))
-            rows, cols = slice(top, top + hv.shape[-2]), slice(left, left + hv.shape[-1])
-            inside, known, target = inside[:, rows, cols], known[:, rows, cols], target[:, :, rows, cols]
-        terms = hover_losses(logits, hv, inside, target, known)
+        # A network without padding sees more than it predicts.
+        targets = HoverTargets(*(_central(target, hv.shape[-2:]) for target in targets))
+        terms = hover_losses(logits, hv, targets.inside, targets.hv, targets.known)
         return {name: getattr(self.hover, name) * value for name, value in terms.items()}
+
+    @torch.no_grad()
+    def teach(self, images: Float[Tensor, "b 3 h w"], sure: float) -> HoverTargets:
+        """Return what this network, as a teacher, says of images: per pixel, known where it is sure.
+
+        Parameters
+        ----------
+        images
+            In [0, 1]; the network should be in eval mode.
+        sure
+            Probability, of nucleus or of background, from which a pixel is known.
+        """
+        logits, hv = self.heads(images)
+        nucleus = logits.float().softmax(dim=1)[:, 1]
+        inside = nucleus >= 0.5
+        known = (nucleus >= sure) | (nucleus <= 1 - sure)
+        return HoverTargets(inside, torch.where(inside[:, None], hv.float().clamp(-1, 1), 0.0), known)
 
     def maps(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Return the probability of nucleus, HV x and HV y at the input's resolution."""
@@ -118,7 +146,7 @@ class HoverSegmenter(Segmenter):
 
 
 def hv_targets(
-    label_maps: Int[Tensor, "b h w"], smallest: int = 0
+    label_maps: Int[Tensor, "b h w"], smallest: int = 0, largest_id: int | None = None
 ) -> tuple[Bool[Tensor, "b h w"], Float[Tensor, "b 2 h w"]]:
     """Make NP and HV targets for all nuclei of all images at once, by scattering over (image, id).
 
@@ -128,6 +156,8 @@ def hv_targets(
         Any ids. A nucleus is what of it lies in the crop and is not hidden by `nucseg.labels.IGNORE`.
     smallest
         Nuclei with fewer pixels get HV 0.
+    largest_id
+        No id is larger. None: the device is asked, and the host waits for it.
 
     Returns
     -------
@@ -140,7 +170,9 @@ def hv_targets(
     b, h, w = label_maps.shape
     device = label_maps.device
     ids = label_maps.long()
-    span = int(ids.max()) + 1 if ids.numel() else 1
+    if largest_id is None:
+        largest_id = int(ids.max()) if ids.numel() else 0
+    span = max(largest_id, 0) + 1
     inside = ids > 0
     # Background pixels get keys of their own, one a column: thousands of additions to one place would queue on a GPU.
     key = torch.where(
@@ -164,6 +196,12 @@ def hv_targets(
     counted = inside.view(-1) & (count[key] >= smallest)
     hv = torch.where(counted, offset / reach, 0.0)
     return inside, hv.view(2, b, h, w).transpose(0, 1).float()
+
+
+def _central(maps: Tensor, size: torch.Size) -> Tensor:
+    """Cut the central `size` (height, width) out of maps."""
+    top, left = ((a - b) // 2 for a, b in zip(maps.shape[-2:], size, strict=True))
+    return maps[..., top : top + size[0], left : left + size[1]]
 
 
 def hover_losses(

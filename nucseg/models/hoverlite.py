@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nucseg.encoders import Pyramid
 from nucseg.inference import InferenceConfig
+from nucseg.models.base import origin
 from nucseg.models.hover import HoverConfig, HoverSegmenter
 
 
@@ -63,6 +64,7 @@ class HoverLite(HoverSegmenter):
         super().__init__(config.hover, config.inference)
         self.config = config
         self.encoder = Pyramid(encoder, weights, pretrained)
+        self.initialised_from = origin(encoder, weights, pretrained)
         self.fixed = _first_levels(self.encoder.net, config.frozen)
         for module in self.fixed:
             module.requires_grad_(False)

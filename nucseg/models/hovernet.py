@@ -7,12 +7,15 @@ HV. The type branch is left out: the paper segments without classes. Written fro
 - ``original``: 5x5 kernels, stem without padding; 270 in, 80 out (190 less).
 
 Deviations: fast mode is the default, since a 256 px patch cannot feed the original mode (A36); BatchNorm momentum and
-initial values are PyTorch's. ImageNet weights of this encoder exist only where the user has them:
-`HoverNet.initialised_from` says.
+initial values are PyTorch's. ImageNet weights of this encoder exist only where the user has them, as
+``weights: {preact-resnet50: <file>}`` in a profile or as ``preact-resnet50.safetensors`` in the folder that
+NUCSEG_WEIGHTS names; `HoverNet.initialised_from` says what was used.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -60,16 +63,16 @@ class HoverNet(HoverSegmenter):
     config
         Variant and settings.
     weights
-        A state dict of the pre-activation ResNet50 in the names of the published
-        ``ImageNet-ResNet50-Preact_pytorch.tar`` (``conv0``, ``d0`` to ``d3``), as a file readable without unpickling
-        objects.
+        The pre-activation ResNet50 as in the published ``ImageNet-ResNet50-Preact_pytorch.tar``: a state dict with the
+        names ``conv0``, ``d0`` to ``d3``, plain or under ``desc``, with or without ``module.`` in front of each name.
+        A file of tensors only, since nothing is unpickled. What else it holds (decoders, ``conv_bot``) is left aside.
     pretrained
         False ignores `weights`.
 
     Attributes
     ----------
     initialised_from
-        ``"random weights"``, or the name of the weights' file; printed with every result.
+        ``"random weights"``, or the name of the weights' file.
     """
 
     def __init__(
@@ -101,7 +104,9 @@ class HoverNet(HoverSegmenter):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self.initialised_from = "random weights"
+        if weights is None and (folder := os.environ.get("NUCSEG_WEIGHTS")):
+            path = Path(folder).expanduser() / f"{ENCODER}.safetensors"
+            weights = path if path.is_file() else None
         if weights is not None and pretrained:
             self._load_encoder(Path(weights))
 
@@ -140,7 +145,7 @@ class HoverNet(HoverSegmenter):
         return self.np_branch(x3, skips), self.hv_branch(x3, skips)
 
     def _load_encoder(self, path: Path) -> None:
-        state = read_weights(path)
+        state = _published_names(path)
         own = {k: v for k, v in self.state_dict().items() if k.split(".")[0] in ("conv0", "d0", "d1", "d2", "d3")}
         wrong = [k for k, v in own.items() if not k.endswith("num_batches_tracked")
                  and (k not in state or state[k].shape != v.shape)]  # fmt: skip
@@ -148,6 +153,17 @@ class HoverNet(HoverSegmenter):
             raise EncoderError(f"{path}: no weights of a pre-activation ResNet50; missing or ill-shaped {wrong[:3]}")
         self.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
         self.initialised_from = path.name
+
+
+def _published_names(path: Path) -> dict[str, Tensor]:
+    """Read weights that may lie under ``desc`` and come from a model in parallel, as the published code saves them."""
+    if path.suffix != ".safetensors" and path.is_file():
+        with contextlib.suppress(Exception):  # whatever is wrong with the file, read_weights says it
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(found.get("desc"), dict):
+                state = {name.removeprefix("module."): value for name, value in found["desc"].items()}
+                return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name.removeprefix("module."): value for name, value in read_weights(path).items()}
 
 
 class _Residual(nn.Module):

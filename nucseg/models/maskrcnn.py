@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, nms, roi_align
 
 from nucseg.encoders import Pyramid
-from nucseg.models.base import Instances, Segmenter
+from nucseg.models.base import Instances, Segmenter, origin
 from nucseg.models.boxes import (
     Targets,
     batched_nms,
@@ -157,6 +157,7 @@ class MaskRCNN(Segmenter):
         super().__init__()
         self.config = config = config or MaskRCNNConfig()
         self.pyramid = Pyramid(encoder, weights, pretrained)
+        self.initialised_from = origin(encoder, weights, pretrained)
         finest, coarsest = min(*config.strides, config.roi_stride), max(*config.strides, config.roi_stride)
         self.used = [i for i, stride in enumerate(self.pyramid.strides) if finest <= stride <= coarsest]
         width = config.fpn_channels

@@ -1,0 +1,202 @@
+"""One training step: nothing waits for the device, the average of the weights, the watch over the loss."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nucseg.augment import AugmentConfig
+from nucseg.crops import CropPool
+from nucseg.mean_teacher import MeanTeacher, MeanTeacherConfig
+from nucseg.models import build
+from nucseg.models.hoverlite import HoverLiteConfig
+from nucseg.models.hovernet import HoverNetConfig
+from nucseg.models.maskrcnn import MaskRCNNConfig
+from nucseg.steps import Average, Step
+from nucseg.training import TrainingConfig, train
+
+STRONG = AugmentConfig(rotate=180.0, scale=(0.8, 1.25))
+# Operators whose result the host must read, or whose shape depends on values.
+WAITING = (
+    "_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "bincount",
+    "repeat_interleave", "equal", "is_nonzero", "lift_fresh", "nonzero_numpy",
+)  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at each operator that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if name in WAITING:
+            raise AssertionError(f"the host would wait for the device at {name}")
+        if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
+            for index in args[1]:
+                assert index is None or index.dtype not in (torch.bool, torch.uint8), f"{name} by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+class Still(torch.optim.Optimizer):
+    """Stands in for the fused optimisers of a GPU; those of the CPU count their steps on the host."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self):
+        pass
+
+
+def pairs(count=2, size=128):
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        labels = np.kron(rng.integers(0, 2, (size // 16, size // 16)), np.ones((16, 16), dtype=np.int32))
+        labels = (labels * (1 + np.arange(size)[:, None] // 16)).astype(np.int32)
+        made.append((rng.integers(0, 256, (size, size, 3)).astype(np.uint8), labels))
+    return made
+
+
+def small(name):
+    config = {
+        "hoverlite": HoverLiteConfig(widths=(8, 8, 8, 8)),
+        "hovernet": HoverNetConfig(),
+        "maskrcnn": MaskRCNNConfig(fpn_channels=16, box_widths=(16,), mask_widths=(16,), train_candidates=50),
+    }[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build(name, None if name == "hovernet" else "efficientnet_lite0", config, pretrained=False)
+
+
+@pytest.mark.parametrize(("changes", "taught"), [(AugmentConfig(), False), (STRONG, True), (None, False)])
+def test_a_step_of_fixed_shapes_never_waits_for_the_device(changes, taught):
+    model, data, device = small("hoverlite").train(), pairs(), torch.device("cpu")
+    config = TrainingConfig(batch=2, crop=64, iterations=10, ema=0.9, precision="bf16" if taught else "fp32")
+    hook = MeanTeacher([i for i, _ in data], MeanTeacherConfig(), 2, 64, changes, device) if taught else None
+    pool = CropPool(data, changes.window(64) if changes else 64, device)
+    average = Average(model, 0.9)
+    average.module.eval()
+    step = Step(model, pool, changes, config, torch.Generator().manual_seed(0), average, hook)
+    step.optimiser = Still(model.parameters())
+    step.run()  # constants are made once
+    with NoWaiting():
+        terms = step.run()
+    assert all(torch.isfinite(term) for term in terms.values())
+
+
+@pytest.mark.parametrize(("name", "crop"), [("hoverlite", 64), ("hovernet", 256)])
+def test_shapes_of_a_loss_follow_from_shapes_alone(name, crop):
+    """On the meta device there are shapes but no values: whatever asks for one fails."""
+    with torch.device("meta"):
+        model = small(name).train()
+        assert model.fixed_shapes
+        model.largest_id = 50
+        with NoWaiting():
+            terms = model.loss(torch.empty(2, 3, crop, crop), torch.empty((2, crop, crop), dtype=torch.int32))
+            sum(terms.values()).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_the_watch_against_waiting_does_raise():
+    with NoWaiting():
+        x = torch.rand(4)
+        for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0.5], lambda: torch.tensor([1.0, 2.0])):
+            with pytest.raises(AssertionError):
+                wait()
+
+
+def test_mask_rcnn_says_that_its_shapes_vary():
+    assert not small("maskrcnn").fixed_shapes
+
+
+def test_ids_never_exceed_what_the_step_tells_the_model():
+    pool = CropPool(pairs(), STRONG.window(64), torch.device("cpu"))
+    seen = []
+
+    class Watch(nn.Module):
+        fixed_shapes, largest_id = True, None
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def loss(self, images, label_maps):
+            seen.append((int(label_maps.max()), self.largest_id))
+            return {"zero": 0 * self.weight}
+
+    model = Watch()
+    step = Step(model, pool, STRONG, TrainingConfig(batch=4, crop=64), torch.Generator().manual_seed(0), None, None)
+    for _ in range(10):
+        step(0.1)
+    assert all(0 < found <= told for found, told in seen)
+    assert model.largest_id is None
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_the_average_is_a_mean_at_first_unless_its_start_is_worth_remembering(from_start):
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    expected = model[0].weight.detach().clone()
+    average = Average(model, 0.75, from_start)
+    for n in range(1, 9):
+        with torch.no_grad():
+            model[0].weight.add_(n)
+        model[1].num_batches_tracked += 1
+        average.update()
+        keep = 0.75 if from_start else min(0.75, 1 - 1 / n)
+        expected = keep * expected + (1 - keep) * model[0].weight.detach()
+        torch.testing.assert_close(average.module[0].weight, expected)
+    assert average.module[1].num_batches_tracked == 8
+    assert not average.module[0].weight.requires_grad
+
+
+def test_one_schedule_with_a_graph_runs_without_a_gpu_too():
+    curves = []
+    for cuda_graph in (False, True):
+        config = TrainingConfig(iterations=2, batch=2, crop=64, log_every=1, validate_every=0, cuda_graph=cuda_graph)
+        curves.append([row["total"] for row in train(small("hoverlite"), pairs(), config).curve])
+    assert curves[0] == curves[1]
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_replayed_step_learns_what_an_eager_one_does(optimiser, taught):
+    curves = {}
+    for cuda_graph in (False, True):
+        config = TrainingConfig(
+            iterations=12, batch=4, crop=64, lr=1e-3, optimiser=optimiser, ema=0.9, log_every=1, validate_every=6,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
+        model, data = small("hoverlite").cuda(), pairs()
+        hook = MeanTeacher([i for i, _ in data], MeanTeacherConfig(), 4, 64, STRONG, "cuda") if taught else None
+        result = train(model, data, config, augment=STRONG, unlabelled=hook, validate=lambda m: float(m.training))
+        curves[cuda_graph] = [row["total"] for row in result.curve]
+    assert curves[True] == pytest.approx(curves[False], rel=0.02)
+    assert len(set(curves[True])) == 12  # the rate, the crops and the weights all move on
+
+
+@needs_cuda
+def test_a_step_is_captured_after_its_warm_up_and_only_where_shapes_are_fixed():
+    device = torch.device("cuda")
+    for name, captured in (("hoverlite", True), ("maskrcnn", False)):
+        model = small(name).cuda().train()
+        config = TrainingConfig(batch=2, crop=64, cuda_graph=True)
+        pool = CropPool(pairs(), 64, device)
+        step = Step(model, pool, AugmentConfig(), config, torch.Generator(device).manual_seed(0), None, None)
+        for _ in range(5):
+            step(1e-3)
+        assert step.captured == captured
+
+
+@needs_cuda
+def test_a_replayed_training_goes_on_where_it_stopped(tmp_path):
+    config = TrainingConfig(iterations=12, batch=4, crop=64, log_every=1, validate_every=6, ema=0.9, cuda_graph=True)
+    states, models = [], [small("hoverlite").cuda(), small("hoverlite").cuda()]
+    whole = train(models[0], pairs(), config, augment=STRONG, checkpoint=states.append)
+    torch.save(states[0], tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu")
+    resumed = train(models[1], pairs(), config, augment=STRONG, resume_from=state)
+    assert [r["total"] for r in resumed.curve] == pytest.approx([r["total"] for r in whole.curve], rel=0.02)
