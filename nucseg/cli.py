@@ -73,22 +73,29 @@ def run(
     dataset: DatasetOption = "",
     data_root: RootOption = "",
     table: TableOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be run.")] = False,
-    jobs: Annotated[int, typer.Option(help="Experiments at a time.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be run, and how long it would take.")
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Experiments at a time; 0: one, or as many as the cluster has workers.")
+    ] = 0,
     minutes: Annotated[
-        float, typer.Option(help="Start no further experiment after so many minutes; 0: no limit.")
+        float, typer.Option(min=0, help="Begin nothing after so many minutes; the next start goes on. 0: no limit.")
     ] = 0.0,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed experiments once more.")] = False,
     device: DeviceOption = "",
+    backend: Annotated[str, typer.Option(help="loky: processes here; ray or dask: a running cluster.")] = "loky",
+    address: Annotated[str, typer.Option(help="Of the cluster: HOST:6379 or auto (ray), tcp://HOST:8786 (dask).")] = "",
 ) -> None:
     """Run the experiments of tables that have no result yet, and add theirs to results.csv."""
-    from nucseg import runs
+    from nucseg import backends, runs
 
+    backends.check(backend, address, jobs)
     plan = runs.Plan(profile, dataset, data_root, _tables(table), device)
     if dry_run:
         typer.echo(plan.describe())
         return
-    failed = plan.run(jobs, minutes, retry)
+    failed = plan.run(jobs, minutes, retry, backend, address)
     typer.echo(plan.describe())
     if failed:
         raise typer.Exit(1)
@@ -101,7 +108,7 @@ def status(
     data_root: RootOption = "",
     table: TableOption = None,
 ) -> None:
-    """Show which experiments are done, failed or missing, and the minutes spent."""
+    """Show which experiments are done, running, failed or missing, the minutes spent and the minutes to go."""
     from nucseg import runs
 
     typer.echo(runs.Plan(profile, dataset, data_root, _tables(table)).describe())
