@@ -21,6 +21,7 @@ from nucseg.beyond import (
     strategy_table,
 )
 from nucseg.config import to_plain
+from nucseg.data import load_dataset
 from nucseg.experiments import TABLES, GridSettings, grid
 from nucseg.results import RESULT_COLUMNS, ResultsError
 from nucseg.selection import STRATEGIES
@@ -71,7 +72,7 @@ def test_the_budgets_are_parts_of_the_datasets_own_and_hold_table_s():
     assert {e.k1 for e in found} == {3, 6, 9, 12, 18, 0}
     assert set(strategy_experiments("kumar", SETTINGS)) <= set(found)
     assert [e for e in found if e.selection == "all"] == [e for e in grid("kumar", SETTINGS, ["III"]) if not e.k1]
-    assert len(found) == len(set(found)) == 10 * 5 * 4 + 3
+    assert len(found) == len(set(found)) == 10 * 5 * 4 - 4 + 3  # Kumar has no 18 images to take a centre crop of each
 
 
 def test_small_budgets_that_round_to_the_same_number_of_patches_run_once():
@@ -88,9 +89,16 @@ def test_a_profile_chooses_strategies_and_random_crops_are_always_among_them():
 
 
 def test_there_are_no_more_centre_crops_than_images():
-    found = budget_experiments("kumar", SETTINGS, images=12)
-    assert max(e.k1 for e in found if e.selection == "random-centre-crop") == 12
-    assert max(e.k1 for e in found if e.selection == "random-crop") == 18
+    settings = dataclasses.replace(SETTINGS, k1=dict.fromkeys(("kumar", "tissue", "elsewhere"), 9))
+    for dataset, images, most in (("kumar", None, 12), ("kumar", 6, 6), ("tissue", None, 6), ("elsewhere", None, 18)):
+        found = budget_experiments(dataset, settings, images)
+        assert max(e.k1 for e in found if e.selection == "random-centre-crop") == most
+        assert max(e.k1 for e in found if e.selection == "random-crop") == 18
+
+
+def test_the_number_of_training_images_is_known_without_them(real_data):
+    for name in ("kumar", "tnbc", "tissue"):
+        assert beyond._training_images(name) == len(load_dataset(name, real_data).train)
 
 
 def test_experiments_of_several_tables_are_there_once():

@@ -479,6 +479,7 @@ def test_all_datasets_stand_side_by_side_in_table_4_each_with_its_own_best(tmp_p
     assert "No results in this profile: TNBC." in text  # MoNuSeg has no K1 here
     assert text.count(NOT_IN_PROFILE) == 12  # six rows, once for each dataset with results
     assert "SYNTHETIC DATA" in text
+    assert "would need |t| = 167 for Kumar, |t| = 2,128 for TNBC, |t| = 1,380 for MoNuSeg" in " ".join(made.notes)
 
 
 def test_table_4_of_all_needs_results_of_some_dataset_it_knows(results):
