@@ -157,6 +157,48 @@ def test_the_scales_of_a_256_px_patch_are_the_papers():
     assert [CSinGANConfig().width(n) for n in range(5)] == [32, 32, 32, 32, 64]
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_windows_hold_a_nucleus_each_where_they_are_put_on_nuclei(share):
+    size, crop = 64, 16
+    labels = np.zeros((3, size, size), np.int32)
+    for i, (r, c) in enumerate([(3, 5), (40, 58), (20, 30)]):  # one small nucleus each, two of them at the rim
+        labels[i, r : r + 4, c : c + 4] = 1
+    images = np.zeros((1, size, size, 3), np.uint8)
+    device = torch.device("cpu")
+    data = scale_training.TrainingData(images, labels[:1], labels[None, 1:], (size,), device)
+    config = dataclasses.replace(TINY, crop=crop, crop_on_nuclei=share, masks_per_step=2)
+    buffers = scale_training.StepBuffers(data, 0, config, 4, device)
+    draw, held = torch.Generator().manual_seed(0), []
+    for _ in range(40):
+        buffers.refill(draw)
+        assert buffers.corner.min() >= 0
+        assert buffers.corner.max() <= size - crop
+        masks = [*labels[1:][buffers.index[0].numpy()], labels[0]]
+        for mask, (r, c) in zip(masks, buffers.corner[0].tolist(), strict=True):
+            held.append(mask[r : r + crop, c : c + crop].any())
+    assert np.mean(held) == 1 if share else np.mean(held) < 0.3
+
+
+def test_the_real_window_is_cut_where_its_reconstruction_is(training_set):
+    pairs, masks = training_set
+    config = dataclasses.replace(TINY, crop=16, crop_on_nuclei=1.0)
+    images, labels = (np.stack(each) for each in zip(*pairs, strict=True))
+    device, sizes = torch.device("cpu"), (SIZE,)
+    data = scale_training.TrainingData(images, labels, masks, sizes, device)
+    buffers = scale_training.StepBuffers(data, 0, config, 4, device)
+    buffers.refill(torch.Generator().manual_seed(1))
+    below = scale_training.Below(torch.tensor(1.0), torch.zeros(1, 3, SIZE, SIZE), None, lambda masks, noise: noise[0])
+    generator, critics = ScaleGenerator(4, 4, 3), torch.nn.ModuleDict()
+    critics["global"] = Critic(4, 3)
+    training = scale_training.ScaleTraining(
+        config, {"global": 1.0}, 0, 1, data, buffers, below, generator, critics, 1e-3, True
+    )
+    inputs, _, synthetic = training._batch()
+    inner = slice(config.layers, -config.layers)
+    torch.testing.assert_close(inputs[-1:, :1, inner, inner], training._cut(training.real_mask, first=-1))
+    torch.testing.assert_close(inputs[:-1, :1, inner, inner], synthetic)
+
+
 def test_masks_stay_binary_at_every_scale():
     mask = torch.from_numpy(discs(1, 64, 0) > 0).float().unsqueeze(1)
     for small in scales.mask_pyramid(mask, (24, 37, 64)):

@@ -22,9 +22,11 @@ class PyramidConfig:
     masks_per_step
         Synthetic masks in one batch.
     crop
-        Train on random windows of this many pixels instead of whole images, one place for a whole batch; None: whole
-        images. Receptive fields are 2 * `layers` + 1 pixels, so a window is a smaller sample of the same losses: for
-        slow devices.
+        Train on random windows of this many pixels instead of whole images; None: whole images. Receptive fields are
+        2 * `layers` + 1 pixels, so a window is a smaller sample of the same losses: for slow devices.
+    crop_on_nuclei
+        Share of the windows, real and synthetic alike, that are put on a nucleus; the others fall anywhere. In sparse
+        tissue few windows would hold one.
     d_steps, g_steps
         Updates of the critics and of the generator in one step (A25).
     lr, betas
@@ -73,6 +75,7 @@ class PyramidConfig:
     steps: int = 2000
     masks_per_step: int = 4
     crop: int | None = None
+    crop_on_nuclei: float = 0.5
     d_steps: int = 3
     g_steps: int = 1
     lr: float = 5e-4
@@ -110,6 +113,8 @@ class PyramidConfig:
             raise ValueError(f"layers must be at least 2, got {self.layers}")
         if self.crop is not None and self.crop <= 2 * self.layers:
             raise ValueError(f"crop must exceed 2 * layers = {2 * self.layers}, got {self.crop}")
+        if not 0 <= self.crop_on_nuclei <= 1:
+            raise ValueError(f"crop_on_nuclei must be in [0, 1], got {self.crop_on_nuclei}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 < self.restart_lr < 1:

@@ -27,6 +27,8 @@ from torch import Tensor
 COMPONENTS = ("nuclei", "background")
 Images = UInt8[np.ndarray, "n h w 3"]
 Labels = Integer[np.ndarray, "n h w"]
+FakeImages = UInt8[np.ndarray, "m y x 3"]
+FakeLabels = Integer[np.ndarray, "m y x"]
 
 
 def _where(labels: Labels, component: str) -> np.ndarray:
@@ -43,8 +45,14 @@ def colour_statistics(images: Images, labels: Labels) -> dict[str, tuple[np.ndar
     return result
 
 
+def colour_contrast(images: Images, labels: Labels) -> tuple[float, float]:
+    """How much darker (mean grey, 0..255) and bluer (share of blue) nuclei are than background; NaN without both."""
+    (inside, _), (outside, _) = colour_statistics(images, labels).values()
+    return float(outside.mean() - inside.mean()), float(inside[2] / inside.sum() - outside[2] / outside.sum())
+
+
 def colour_distance(
-    real: Images, real_labels: Labels, fake: Images, fake_labels: Labels, samples: int = 20_000, seed: int = 0
+    real: Images, real_labels: Labels, fake: FakeImages, fake_labels: FakeLabels, samples: int = 20_000, seed: int = 0
 ) -> dict[str, float]:
     """Earth mover's distance between real and synthetic pixel values, mean over R, G, B, in grey levels (0..255)."""
     rng, result = np.random.default_rng(seed), {}
@@ -97,8 +105,8 @@ def component_windows(
 def component_frechet(
     real: Images,
     real_labels: Labels,
-    fake: Images,
-    fake_labels: Labels,
+    fake: FakeImages,
+    fake_labels: FakeLabels,
     encode: Callable[[Tensor], Tensor],
     side: int = 32,
     count: int = 200,
@@ -190,8 +198,8 @@ def nearest_crop_distance(
 
 
 def memorisation(
-    fake: Images,
-    held_out: UInt8[np.ndarray, "m h2 w2 3"],
+    fake: FakeImages,
+    held_out: Images,
     source: UInt8[np.ndarray, "height width 3"],
     side: int = 16,
     count: int = 100,
@@ -204,8 +212,8 @@ def memorisation(
 
 
 def assess(
-    fake: Images,
-    fake_labels: Labels,
+    fake: FakeImages,
+    fake_labels: FakeLabels,
     held_out: Sequence[tuple[np.ndarray, np.ndarray]],
     source: UInt8[np.ndarray, "height width 3"],
     encode: Callable[[Tensor], Tensor] | None = None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from nucseg.gan.base import foreground, to_signed
@@ -29,6 +30,17 @@ class TrainingData:
             torch.stack([mask_pyramid(foreground(m, device), [size])[0].to(torch.uint8) for m in masks])
             for size in sizes
         ]
+        # where nuclei are, synthetic masks first and the real one last, in parts of a side: (k1, count + 1, places, 2)
+        self.nuclei = torch.from_numpy(
+            np.stack([[_places(m) for m in (*masks[i], labels[i])] for i in range(self.k1)])
+        ).to(device)
+
+
+def _places(mask: Integer[np.ndarray, "s s"], count: int = 64) -> Float[np.ndarray, "count 2"]:
+    """Draw pixels of nuclei, or any pixels of a mask without nuclei; row and column in parts of a side."""
+    rng = np.random.default_rng(0)
+    places = np.argwhere(mask > 0) if mask.any() else np.argwhere(mask == 0)
+    return ((places[rng.integers(len(places), size=count)] + 0.5) / len(mask)).astype(np.float32)
 
 
 class StepBuffers:
@@ -41,8 +53,9 @@ class StepBuffers:
         self.noise = [torch.zeros(k1, b, 3, s, s, device=device) for s in data.sizes[: n + 1]]
         self.side = side = data.sizes[n]
         self.crop = config.crop if config.crop is not None and config.crop < side else None
-        self.places = 1 if self.crop is None else side - self.crop + 1
-        self.corner = torch.zeros(k1, 2, dtype=torch.int64, device=device)  # of the window
+        self.nuclei, self.on_nuclei = data.nuclei, config.crop_on_nuclei
+        # of the windows: one for each synthetic mask, and the real patch's last
+        self.corner = torch.zeros(k1, b + 1, 2, dtype=torch.int64, device=device)
         self.mix = torch.zeros(k1, config.d_steps, b, 1, 1, 1, device=device)  # where x^ lies
         self.losses = torch.zeros(k1, terms, device=device)
 
@@ -52,7 +65,24 @@ class StepBuffers:
             noise.normal_(generator=draw)
         self.mix.uniform_(generator=draw)
         if self.crop is not None:
-            self.corner.random_(0, self.places, generator=draw)
+            self._place_windows(draw)
+
+    def _place_windows(self, draw: torch.Generator) -> None:
+        """Put some of the windows anywhere, and the others where they hold a nucleus, not always at their centre."""
+        k1, windows, _ = self.corner.shape
+        places = self.side - self.crop + 1
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=draw, device=self.corner.device)
+
+        last = self.index.new_full((k1, 1), self.count)
+        which = torch.cat([self.index, last], 1), (uniform(k1, windows) * self.nuclei.shape[2]).long()
+        patch = torch.arange(k1, device=self.corner.device).unsqueeze(1)
+        nucleus = self.nuclei[patch, *which] * self.side
+        near = nucleus - (0.2 + 0.6 * uniform(k1, windows, 2)) * self.crop
+        anywhere = uniform(k1, windows, 2) * places
+        corner = torch.where(uniform(k1, windows, 1) < self.on_nuclei, near, anywhere)
+        self.corner.copy_(corner.long().clamp(0, places - 1))
 
 
 @dataclass(frozen=True)
@@ -139,7 +169,7 @@ class ScaleTraining:
             return
         config, critics, weights = self.config, self.critics, self.weights
         inputs, previous, mask = self._batch()
-        real, real_mask = self._cut(self.real), self._cut(self.real_mask)
+        real, real_mask = self._cut(self.real, first=-1), self._cut(self.real_mask, first=-1)
         both, shown = self._paint(inputs, previous, mask, real, real_mask)
         penalised = range(0, config.d_steps, config.penalty_every)
         lambda_ = config.lambda_ * config.d_steps / len(penalised)
@@ -169,7 +199,7 @@ class ScaleTraining:
         )
 
     @torch.no_grad()
-    def _batch(self, crop: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Paint the drawn synthetic masks with the finished scales; the real mask and its reconstruction come last.
 
         Returns the generator's padded inputs and the previous images, (b + 1, ...), and the synthetic masks, (b, ...).
@@ -186,15 +216,17 @@ class ScaleTraining:
         inputs = self.generator.pad(inputs_of(mask, here, previous))
         if previous is None:
             previous = torch.zeros_like(here)
-        if crop:
-            return self._cut(inputs, self.config.layers), self._cut(previous), self._cut(masks[n])
-        return inputs, previous, masks[n]
+        return self._cut(inputs, self.config.layers), self._cut(previous), self._cut(masks[n])
 
-    def _cut(self, images: Tensor, margin: int = 0) -> Tensor:
-        """Cut this step's window out of images that have `margin` more pixels on each side."""
+    def _cut(self, images: Tensor, margin: int = 0, first: int = 0) -> Tensor:
+        """Cut this step's windows out of images that have `margin` more pixels on each side.
+
+        The images are those of the windows from `first` on: synthetic ones, then the real patch.
+        """
         if self.buffers.crop is None:
             return images
-        return window(images, self.buffers.corner[self.i], self.buffers.crop + 2 * margin)
+        corners, side = self.buffers.corner[self.i, first:], self.buffers.crop + 2 * margin
+        return torch.cat([window(images[k : k + 1], corners[k], side) for k in range(len(images))])
 
     @torch.no_grad()
     def finite(self) -> Tensor:
@@ -212,7 +244,7 @@ class ScaleTraining:
             norm.momentum = None  # a plain average over batches
         for _ in range(self.config.calibration_steps):
             self.buffers.refill(draw)
-            self.generator(self._batch(crop=False)[0])
+            self.generator(self._batch()[0])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
