@@ -6,10 +6,11 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import pandas as pd
 
-from nucseg import gan
+from nucseg import gan, models
 from nucseg.config import to_plain
 from nucseg.experiments import Experiment
 from nucseg.profiles import Profile, load_profile, names
@@ -24,12 +25,12 @@ class ToGo:
     Attributes
     ----------
     trainings
-        Experiment and pseudo-labelling round of each; two experiments may share one, which stands here once.
+        Experiment of each, and whether a mean teacher takes part; one that two experiments share stands here once.
     shared
         One experiment for each selection, or synthesis with the selection before it.
     """
 
-    trainings: tuple[tuple[Experiment, int], ...]
+    trainings: tuple[tuple[Experiment, bool], ...]
     shared: tuple[Experiment, ...]
 
 
@@ -82,7 +83,7 @@ def estimate(to_go: ToGo, profile: Profile) -> Estimate:
     seconds per iteration; selection and synthesis where their settings are the same.
     """
     known = _known(profile)
-    wanted = [e.segmenter for e, _ in to_go.trainings] + [_shared_kind(e) for e in to_go.shared]
+    wanted = [_training_kind(e, taught) for e, taught in to_go.trainings] + [_shared_kind(e) for e in to_go.shared]
     used = [known[kind] for kind in wanted if kind in known]
     unknown = tuple(dict.fromkeys(kind for kind in wanted if kind not in known))
     return Estimate(sum(s for s, _ in used), unknown, ", ".join(dict.fromkeys(name for _, name in used)))
@@ -97,8 +98,9 @@ def _known(profile: Profile) -> dict[str, tuple[float, str]]:
         here = [line for line in _lines(_runs_of(name)) if line.device == _device_kind(environment()["device"])]
         for line in here:
             segmenter = line.experiment.segmenter
-            if line.training == _training_of(profile, segmenter):
-                values[segmenter].append(line.seconds / line.iterations * profile.training_of(segmenter).iterations)
+            if _agree(line.training, _training_of(profile, segmenter)):
+                seconds = line.seconds / line.iterations * profile.training_of(segmenter).iterations
+                values[_training_kind(line.experiment, line.taught)].append(seconds)
         for line in {shared_key(line.experiment): line for line in here}.values():
             if name == profile.name or _same_shared_settings(profile, name, line.experiment):
                 values[_shared_kind(line.experiment)].append(line.shared)
@@ -115,16 +117,17 @@ class _Line:
     seconds: float
     shared: float
     device: str
-    training: str
+    training: list
     iterations: int
+    taught: bool
 
 
 def _lines(runs: pd.DataFrame | None) -> list[_Line]:
     lines = []
     for line in () if runs is None else runs.itertuples():
         config = json.loads(line.config)
-        if not {"experiment", "model"} <= config.keys():
-            continue  # a line that says too little
+        if not {"experiment", "model"} <= config.keys() or config["experiment"]["segmenter"] not in models.REGISTRY:
+            continue  # a line that says too little, or a segmenter that is no longer there
         training = config["model"]["training"][0]
         lines.append(
             _Line(
@@ -134,25 +137,38 @@ def _lines(runs: pd.DataFrame | None) -> list[_Line]:
                 _device_kind(line.device),
                 _without_length(config["model"]["segmenter"], training),
                 training["iterations"],
+                "teacher" in config["model"],
             )
         )
     return lines
 
 
-def _training_of(profile: Profile, segmenter: str) -> str:
+def _training_of(profile: Profile, segmenter: str) -> list:
     what = (segmenter, profile.segmenter(segmenter), profile.segmenter_encoder)
     return _without_length(to_plain(what), to_plain(profile.training_of(segmenter)))
 
 
-def _without_length(segmenter: list, training: dict) -> str:
+def _without_length(segmenter: list, training: dict) -> list:
     """Return all that decides the seconds of one iteration."""
-    known = {name: training[name] for name in ("batch", "crop", "precision", "validate_every")}
-    return json.dumps([segmenter, known], sort_keys=True)
+    return [*segmenter, {name: training[name] for name in ("batch", "crop", "precision", "validate_every")}]
+
+
+def _agree(recorded: Any, present: Any) -> bool:
+    """Say whether two settings are the same; one that came into being after the record changes nothing by default."""
+    if isinstance(recorded, dict) and isinstance(present, dict):
+        return all(_agree(recorded[name], present[name]) for name in recorded.keys() & present.keys())
+    if isinstance(recorded, list) and isinstance(present, list) and len(recorded) == len(present):
+        return all(map(_agree, recorded, present))
+    return recorded == present
 
 
 def _device_kind(device: str) -> str:
     """Return the kind of machine: the GPU's name, or that there is none."""
     return "CPU" if device.endswith("CPU cores") else device
+
+
+def _training_kind(experiment: Experiment, taught: bool) -> str:
+    return f"{experiment.segmenter} with a mean teacher" if taught else experiment.segmenter
 
 
 def _shared_kind(experiment: Experiment) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from nucseg import __version__, gpu_memory
 from nucseg.backends import BackendError
@@ -134,7 +135,8 @@ def _open(ticket: Ticket) -> Pipeline:
     os.environ["NUCSEG_HOME"] = ticket.home
     if sys.stderr.isatty():
         os.environ["NUCSEG_QUIET"] = "1"  # bars of several processes would overwrite each other
-    torch.set_num_threads(ticket.threads)  # sums on a CPU depend on it in their last digits
+    torch.set_num_threads(ticket.threads)  # sums on a CPU depend on it in their last digits, here and in scikit-learn
+    threadpool_limits(ticket.threads)
     pipeline = Pipeline(*ticket.arguments)
     if pipeline.dataset.fingerprint != ticket.fingerprint:
         raise BackendError(

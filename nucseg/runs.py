@@ -192,7 +192,7 @@ class Plan:
 
     def to_go(self) -> ToGo:
         """Return the trainings, selections and syntheses that no process has made yet."""
-        trainings: dict[tuple, tuple[Experiment, int]] = {}
+        trainings: dict[tuple, tuple[Experiment, bool]] = {}
         shared: dict[tuple, Experiment] = {}
         states = self.states()
         with self.pipeline.store.until(-math.inf):  # look only
@@ -200,7 +200,8 @@ class Plan:
                 for after in range(e.rounds + 1):
                     if not _there(self.pipeline.trained, e, after):
                         same = (*shared_key(e), e.augmentation, e.segmenter, after)
-                        trainings.setdefault(same, (e, after))
+                        taught = after > 0 and self.pipeline.pseudo_config(e).method == "mean-teacher"
+                        trainings.setdefault(same, (e, taught))
                 painted = bool(shared_key(e)[-1])
                 if e.supervision == "patches" and not _there(
                     self.pipeline.synthesised if painted else self.pipeline.selected, e

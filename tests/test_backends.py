@@ -61,16 +61,17 @@ def test_dask_workers_with_several_threads_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_ray_cluster_of_two_nodes_gives_the_results_of_one_process(small, sequential, tmp_path):
+def test_a_ray_cluster_of_two_workers_gives_the_results_of_one_process(small, sequential, tmp_path):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args=dict(num_cpus=2, include_dashboard=False, _system_config={"worker_niceness": 0}),
+    )
     try:
-        cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
         assert run(small, tmp_path, backend="ray", address=cluster.address) == sequential
-        with pytest.raises(BackendError, match=r"2 of 2 workers cannot take part.*: no disk"):
+        with pytest.raises(BackendError, match=r"1 of 1 workers cannot take part.*: no disk"):
             run_all(print, [1], backend="ray", address=cluster.address, probe=partial(str, "no disk"))
         with pytest.raises(BackendError, match="has no GPU"):
             run_all(print, [1], backend="ray", address=cluster.address, cuda=True)

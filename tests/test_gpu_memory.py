@@ -1,0 +1,138 @@
+"""Waiting for GPU memory, with readings that are made up: no GPU is needed here."""
+
+import json
+import threading
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from nucseg import gpu_memory
+from nucseg.gpu_memory import CONTEXT_MB, MARGIN, UNKNOWN_MB, Gpu, needed, reserved
+from nucseg.store import claimed
+
+TOTAL = 80_000.0
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """A GPU all of whose memory is free, whatever is promised."""
+    return Gpu(tmp_path, lambda: (TOTAL, TOTAL))
+
+
+def runs(*lines):
+    return pd.DataFrame(
+        [{"peak_gpu_mb": mb, "config": json.dumps({"experiment": {"segmenter": name}})} for name, mb in lines]
+    )
+
+
+def test_the_need_is_the_highest_peak_of_that_segmenter_with_a_margin():
+    known = runs(("hoverlite", 4000), ("hoverlite", 5000), ("maskrcnn", 30_000), ("hovernet", float("nan")))
+    assert needed(known, "hoverlite") == MARGIN * 5000 + CONTEXT_MB
+    assert needed(known, "hovernet") == UNKNOWN_MB  # measured on a CPU only
+    assert needed(known, "dist") == UNKNOWN_MB
+    assert needed(None, "hoverlite") == UNKNOWN_MB
+
+
+def other_process(gpu, mb):
+    """Hold a reservation as another process would."""
+    return claimed(gpu.folder / "999999.json", json.dumps(mb))
+
+
+def enter(gpu, need):
+    """Reserve in a thread; the event is set when it was let in."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait():
+        with reserved(gpu, need, poll=0.01):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return inside, lambda: (leave.set(), thread.join(10))
+
+
+def test_it_waits_for_memory_that_is_promised_though_still_free(gpu):
+    with other_process(gpu, 50_000):
+        with reserved(gpu, 30_000, poll=0.01):
+            pass  # both fit
+        inside, leave = enter(gpu, 30_001)
+        assert not inside.wait(0.1)
+    assert inside.wait(5)
+    leave()
+
+
+def test_it_waits_for_memory_that_is_taken_though_never_promised(tmp_path):
+    free = [10_000.0]
+    gpu = Gpu(tmp_path, lambda: (free[0], TOTAL))
+    with other_process(gpu, 5_000):
+        inside, leave = enter(gpu, 20_000)
+        assert not inside.wait(0.1)
+        free[0] = 20_000.0
+        assert inside.wait(5)
+        leave()
+
+
+def test_alone_there_is_nothing_to_wait_for(tmp_path):
+    with reserved(Gpu(tmp_path, lambda: (1.0, TOTAL)), 2 * TOTAL, poll=60):
+        pass
+
+
+def test_a_dead_process_promises_nothing(gpu):
+    (gpu.folder / "999999.json").write_text(json.dumps(TOTAL))
+    with reserved(gpu, TOTAL, poll=60):
+        assert not (gpu.folder / "999999.json").exists()
+
+
+def test_a_reservation_is_seen_by_others_as_long_as_it_is_held(gpu):
+    with reserved(gpu, 30_000):
+        assert gpu_memory._promised(gpu.folder) == [30_000]
+    assert gpu_memory._promised(gpu.folder) == []
+
+
+def test_out_of_memory_is_tried_once_more_alone(gpu):
+    tries, tensors = [], []
+
+    class Held:
+        """Something that only the first try's traceback refers to."""
+
+        def __del__(self):
+            tensors.append("freed")
+
+    def work():
+        held = Held()
+        tries.append((gpu_memory._promised(gpu.folder), list(tensors)))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("too much")
+        return held.__class__.__name__
+
+    with other_process(gpu, 1_000):
+        result = []
+        thread = threading.Thread(target=lambda: result.append(gpu_memory.run(work, 2_000, gpu, poll=0.01)))
+        thread.start()
+        time.sleep(0.3)
+        assert len(tries) == 1, "the second try did not wait for the other process"
+    thread.join(10)
+    assert result == ["Held"]
+    (first, freed_before), (second, freed_after) = tries
+    assert sorted(first) == [1_000, 2_000]
+    assert second == [float("inf")]
+    assert (freed_before, freed_after) == ([], ["freed"])
+
+
+def test_out_of_memory_twice_is_an_error_and_other_errors_are_not_retried(gpu):
+    tries = []
+
+    def work(error):
+        tries.append(error)
+        raise error
+
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_memory.run(lambda: work(torch.OutOfMemoryError("too much")), 1, gpu)
+    assert len(tries) == 2
+    with pytest.raises(ZeroDivisionError):
+        gpu_memory.run(lambda: work(ZeroDivisionError()), 1, gpu)
+    assert len(tries) == 3
+    assert gpu_memory._promised(gpu.folder) == []
