@@ -222,11 +222,13 @@ def measure(
     table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings: GridSettings, reasons: Mapping[str, str]
 ) -> list[Measured]:
     """Find what was measured for each row among the lines of one dataset; errors are those of `make_table`."""
-    results = {Experiment(*key): group for key, group in lines.groupby(list(EXPERIMENT), sort=False)}
+    plans = [experiments_of(row, dataset, settings) for row in table]
+    wanted = {experiment for plan in plans for experiment in plan}
+    places = lines.groupby(list(EXPERIMENT), sort=False).indices if len(lines) else {}
+    results = {Experiment(*key): lines.iloc[at] for key, at in places.items() if Experiment(*key) in wanted}
     images = set(lines["image_id"])
     made = []
-    for row in table:
-        planned = experiments_of(row, dataset, settings)
+    for row, planned in zip(table, plans, strict=True):
         last = {e: results[e][results[e]["round"] == e.rounds] for e in planned if e in results}
         last = {e: group for e, group in last.items() if len(group)}
         for experiment, group in last.items():
