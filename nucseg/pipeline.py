@@ -178,16 +178,30 @@ class Pipeline:
         name = experiment.augmentation
         config = self.profile.synthesiser(name)
 
-        def make(folder: Path) -> None:
+        def make(folder: Path) -> dict:
             synthesiser, masks = gan.build(name, config, self.device), self.masks(experiment)
+            # Beside the folder, which a killed run leaves unfinished and the next one throws away.
+            finished_scales = folder.parent / f".{folder.name.split('.')[1]}.scales"
+            if finished_scales.is_file():
+                synthesiser.from_tensors(load_file(finished_scales))
+
+            def keep(tensors: dict[str, torch.Tensor]) -> None:
+                save_file(tensors, folder / "scales")
+                (folder / "scales").replace(finished_scales)
+
             with task(f"training {name}") as progress:
-                synthesiser.fit(self.sources(experiment), masks, seed=experiment.seed, progress=progress)
+                synthesiser.fit(self.sources(experiment), masks, experiment.seed, progress, checkpoint=keep)
             with task(f"images by {name}"):
                 images = synthesiser.generate(masks, seed=experiment.seed)
             np.savez_compressed(folder / "images.npz", images=images)
             save_file(synthesiser.to_tensors(), folder / "generator.safetensors")
             curves = {f"scale{i}": losses.numpy() for i, losses in enumerate(synthesiser.history)}
             np.savez_compressed(folder / "history.npz", terms=np.array(synthesiser.terms), **curves)
+            finished_scales.unlink(missing_ok=True)
+            return {
+                "divergences": [str(divergence) for divergence in synthesiser.divergences],
+                "left_out": list(synthesiser.left_out),
+            }
 
         inputs = [self.selected(experiment).key, self.masked(experiment).key]
         return self.store.get(
@@ -200,11 +214,15 @@ class Pipeline:
         return made.from_tensors(load_file(self.synthesised(experiment).path / "generator.safetensors"))
 
     def synthetic(self, experiment: Experiment) -> list[Pair]:
-        """Return the synthetic pairs of an experiment; their instances come from mask synthesis itself (A27)."""
-        masks = self.masks(experiment)
-        with np.load(self.synthesised(experiment).path / "images.npz", allow_pickle=False) as arrays:
+        """Return the synthetic pairs of an experiment; their instances come from mask synthesis itself (A27).
+
+        A patch whose training diverged twice at the coarsest scale has none (the result's ``left_out``).
+        """
+        made, masks = self.synthesised(experiment), self.masks(experiment)
+        with np.load(made.path / "images.npz", allow_pickle=False) as arrays:
             images = arrays["images"]
-        size = images.shape[2]
+        kept = [i for i in range(len(masks)) if i not in made.meta["left_out"]]
+        images, masks, size = images[kept], masks[kept], images.shape[2]
         return list(zip(images.reshape(-1, size, size, 3), masks.reshape(-1, size, size), strict=True))
 
     # -- segmentation ------------------------------------------------------------------------------------------

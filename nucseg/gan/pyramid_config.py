@@ -45,6 +45,9 @@ class PyramidConfig:
     coarse_noise
         Noise at the coarsest scale (1 in the released code and SinGAN). The reconstruction sees none, so the more noise
         there is, the less L_REC teaches about synthetic masks; a short training wants little.
+    reconstruction_noise
+        Share of that noise that the reconstruction is trained with as well; 0, as in the paper (A22): none. With noise,
+        L_REC holds the colours of what is painted from noise, which in few steps nothing else does.
     masked_average
         Average a critic's map over its mask area (A20); False: over all positions.
     min_area
@@ -87,6 +90,7 @@ class PyramidConfig:
     penalty_every: int = 1
     noise_amplitude: float = 0.1
     coarse_noise: float = 1.0
+    reconstruction_noise: float = 0.0
     masked_average: bool = True
     min_area: float = 0.01
     calibration_steps: int = 10
@@ -106,7 +110,7 @@ class PyramidConfig:
         for name in ("d_steps", "penalty_every", "calibration_steps", "generate_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("alpha", "lambda_", "noise_amplitude", "coarse_noise", "decay"):
+        for name in ("alpha", "lambda_", "noise_amplitude", "coarse_noise", "reconstruction_noise", "decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.layers < 2:

@@ -208,6 +208,8 @@ class ScaleTraining:
         masks = [self.data.masks[j][i].index_select(0, self.buffers.index[i]).float() for j in range(n + 1)]
         noise = [z[i] for z in self.buffers.noise]
         here = torch.cat([below.amplitude * noise[n], below.real_noise])
+        if self.config.reconstruction_noise:
+            here[-1] += self.config.reconstruction_noise * here[0]
         previous = None
         if n:
             painted = below.paint(masks[:n] if self.conditional else None, noise[:n])
