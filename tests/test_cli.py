@@ -18,6 +18,8 @@ COMMANDS = (
     "predict",
     "evaluate",
     "fetch",
+    "bundle",
+    "results",
 )
 
 
