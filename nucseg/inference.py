@@ -1,14 +1,19 @@
 """Whole-image prediction: overlapping tiles blended without seams, flip and rotation averaging, bounded memory.
 
+The network fills the device; what follows it (watershed, joining of tiles) is the CPU's work and runs in processes of
+its own, while the network goes on with the next image or block.
+
 Deviation: the published HoVer-Net code sets tiles edge to edge; here they overlap and fade into each other, and every
 arm is tested in the same way (REFERENCE A32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +22,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from nucseg.models.base import Instances
+
+if TYPE_CHECKING:
+    from nucseg.models.base import Segmenter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,14 @@ class InferenceConfig:
     tta
         Test-time averaging: ``"none"``, ``"flips"`` (4 views) or ``"d4"`` (8 views, with rotations).
     batch
-        Tiles per forward pass.
+        Largest number of tiles per forward pass; halved as often as a GPU's memory is too small for it.
     precision
         ``"fp32"`` or ``"bf16"`` (autocast).
     block
         Images with a longer side are predicted in blocks of this side and their nuclei joined, in bounded memory.
+    workers
+        Processes for what follows the network, when there are several images or blocks: 0 = none, -1 = up to four
+        beside a GPU and none without one, where network and watershed share the same cores. Each takes about 0.7 GB.
     """
 
     tile: int = 512
@@ -44,6 +57,7 @@ class InferenceConfig:
     batch: int = 8
     precision: Literal["fp32", "bf16"] = "fp32"
     block: int = 2048
+    workers: int = -1
 
     def __post_init__(self) -> None:
         if self.tile < 64 or self.tile % 32:
@@ -54,6 +68,14 @@ class InferenceConfig:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
         if self.block < 2 * self.tile:
             raise ValueError(f"block must be at least two tiles ({2 * self.tile}), got {self.block}")
+        if self.workers < -1:
+            raise ValueError(f"workers must be -1 (automatic), 0 (none) or more, got {self.workers}")
+
+    def processes(self, device: torch.device) -> int:
+        """Return how many processes finish predictions made on a device."""
+        if self.workers >= 0:
+            return self.workers
+        return min(4, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
 
 
 @runtime_checkable
@@ -98,10 +120,18 @@ def predict_maps(model: DenseModel, image: np.ndarray, config: InferenceConfig) 
     was_training = model.training
     model.eval()
     try:
-        for i in range(0, len(places), config.batch):
-            some = places[i : i + config.batch]
+        batch = config.batch
+        while places:
+            some = places[:batch]
             tiles = torch.stack([pixels[:, r : r + tile_h, c : c + tile_w] for r, c in some]).float() / 255
-            maps = predict_views(model, tiles, config)
+            try:
+                maps = predict_views(model, tiles, config)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                batch //= 2
+                continue
+            places = places[batch:]
             if total is None:
                 total = torch.zeros(maps.shape[1], full_h, full_w, device=device)
             for (r, c), tile_maps in zip(some, maps, strict=True):
@@ -142,26 +172,98 @@ def predict_views(
 
 
 def predict_instances(
-    segment: Callable[[np.ndarray], Instances], image: np.ndarray, config: InferenceConfig
+    begin: Callable[[np.ndarray], Callable[[], Instances]],
+    image: np.ndarray,
+    config: InferenceConfig,
+    workers: int = 0,
 ) -> Instances:
     """Segment an image of any size: at once, or beyond `config.block` pixels on a side in overlapping blocks.
 
     Parameters
     ----------
-    segment
-        Segments one block, (H, W, 3) uint8.
+    begin
+        Does the network's part on one block, (H, W, 3) uint8, and returns a function for the rest.
     image
         (H, W, 3) uint8, any size from 32 pixels.
     config
         Block and overlap.
+    workers
+        Processes that finish blocks while the network goes on; 0 = none.
     """
     check_image(image)
     if max(image.shape[:2]) <= config.block:
-        return segment(image)
-    return merge_tiles(
-        ((row, col, segment(np.ascontiguousarray(block))) for row, col, block in tiles_of(image, config.block,
-        config.overlap)), image.shape[:2],
-    )  # fmt: skip
+        return begin(image)()
+    places: deque = deque()
+
+    def begun() -> Iterator[Callable[[], Instances]]:
+        for row, col, block in tiles_of(image, config.block, config.overlap):
+            places.append((row, col))
+            yield begin(np.ascontiguousarray(block))
+
+    finished = run_ahead(begun(), workers)
+    return merge_tiles(((*places.popleft(), found) for found in finished), image.shape[:2])
+
+
+def predict_all(model: Segmenter, images: Sequence[np.ndarray], workers: int | None = None) -> Iterator[np.ndarray]:
+    """Segment several images, in their order: the network works on the next ones while others are finished.
+
+    Parameters
+    ----------
+    model
+        Its `Segmenter.begin` runs here; what that returns runs in processes that know nothing of the device.
+    images
+        (H, W, 3) uint8 each.
+    workers
+        Number of processes; None = as the model's `InferenceConfig` says, 0 = none. A single image needs none.
+
+    Yields
+    ------
+    array
+        Label map (H, W) int32.
+    """
+    if workers is None:
+        config = getattr(model, "inference", None)
+        workers = config.processes(next(model.parameters()).device) if config else 0
+    for found in run_ahead((model.begin(image) for image in images), workers if len(images) > 1 else 0):
+        yield found.labels
+
+
+def run_ahead(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
+    """Call tasks in other processes while the next ones are being made here; results in the order of the tasks.
+
+    At most one task more than there are workers is under way or waiting. What a task raises is raised here, with a note
+    that says which task it was. The processes are fresh ones (not forks, which would break CUDA), stay for the next
+    call, and end by themselves when they are no longer needed.
+    """
+    if workers < 1:
+        for task in tasks:
+            yield task()
+        return
+    from joblib.externals.loky import get_reusable_executor
+
+    executor = get_reusable_executor(max_workers=workers, timeout=120)
+    waiting: deque = deque()
+
+    def next_result(number: int) -> T:
+        try:
+            return waiting.popleft().result()
+        except Exception as error:
+            error.add_note(f"raised in a worker process, by task {number} (counted from 0)")
+            raise
+
+    done = 0
+    try:
+        for task in tasks:
+            waiting.append(executor.submit(task))
+            if len(waiting) > workers:
+                yield next_result(done)
+                done += 1
+        while waiting:
+            yield next_result(done)
+            done += 1
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def tiles_of(image: np.ndarray, tile: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:

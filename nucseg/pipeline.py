@@ -23,6 +23,7 @@ from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
 from nucseg.encoders import Encoder
 from nucseg.experiments import Experiment
+from nucseg.inference import predict_all
 from nucseg.masks import synthesize_with_report
 from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import RANDOM, Segmenter
@@ -325,7 +326,10 @@ class Pipeline:
         return groups
 
     def _validate(self, model: Segmenter) -> float:
-        return float(np.mean([metrics.aji(sample.labels, model.predict(sample.image)) for sample in self.dataset.val]))
+        found = predict_all(model, [sample.image for sample in self.dataset.val])
+        return float(
+            np.mean([metrics.aji(s.labels, labels) for s, labels in zip(self.dataset.val, found, strict=True)])
+        )
 
     def model(self, experiment: Experiment, after: int = 0) -> Segmenter:
         """Return the trained segmenter of an experiment."""
@@ -376,8 +380,9 @@ class Pipeline:
             model = self.model(experiment, after)
             rows, predictions = [], {}
             with task("test images", len(self.dataset.test)) as progress:
-                for i, sample in enumerate(self.dataset.test):
-                    predictions[sample.id] = model.predict(sample.image).astype(np.uint16)
+                found = predict_all(model, [sample.image for sample in self.dataset.test])
+                for i, (sample, labels) in enumerate(zip(self.dataset.test, found, strict=True)):
+                    predictions[sample.id] = labels.astype(np.uint16)
                     scores = metrics.evaluate(sample.labels, predictions[sample.id].astype(np.int32))
                     rows.append({"image_id": sample.id, "organ": sample.organ, "seen": int(sample.seen), **scores})
                     progress.update(i + 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +58,21 @@ class Segmenter(nn.Module, ABC):
     def predict_instances(self, image: np.ndarray) -> Instances:
         """Segment one whole image, (H, W, 3) uint8 of any size from 32 pixels."""
 
+    def begin(self, image: np.ndarray) -> Callable[[], Instances]:
+        """Do the network's part of `predict_instances`; what is returned does the rest.
+
+        That function knows no device and can be sent to another process. A segmenter whose rest takes long splits its
+        work there; the others, as here, do all of it at once.
+        """
+        return partial(_as_it_is, self.predict_instances(image))
+
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Segment one whole image, (H, W, 3) uint8, into a label map, (H, W) int32."""
         return self.predict_instances(image).labels
+
+
+def _as_it_is(found: Instances) -> Instances:
+    return found
 
 
 def origin(encoder: str, weights: str | Path | None, pretrained: bool) -> str:

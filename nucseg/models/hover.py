@@ -7,7 +7,9 @@ the centroid of its nucleus, each side scaled to [-1, 1] (HV). Where nuclei touc
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -136,13 +138,16 @@ class HoverSegmenter(Segmenter):
         logits, hv = self.heads(images)
         return torch.cat((logits.float().softmax(dim=1)[:, 1:], hv.float()), dim=1)
 
+    def begin(self, image: np.ndarray) -> Callable[[], Instances]:
+        """Predict the maps of one image; what is returned makes nuclei of them, in any process."""
+        if max(image.shape[:2]) > self.inference.block:
+            return super().begin(image)
+        return partial(instances_from_maps, predict_maps(self, image, self.inference), self.hover)
+
     def predict_instances(self, image: np.ndarray) -> Instances:
         """Segment a whole image; large ones block by block, in bounded memory."""
-
-        def segment(block: np.ndarray) -> Instances:
-            return instances_from_maps(predict_maps(self, block, self.inference), self.hover)
-
-        return predict_instances(segment, image, self.inference)
+        workers = self.inference.processes(next(self.parameters()).device)
+        return predict_instances(self.begin, image, self.inference, workers)
 
 
 def hv_targets(
