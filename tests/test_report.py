@@ -1,6 +1,7 @@
 """From results.csv to everything a reader sees, without images. All numbers here are made up."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from nucseg.experiments import TABLES, rows
 from nucseg.forest import forest_frame
 from nucseg.profiles import load_profile
 from nucseg.report import make_report
+from nucseg.results import read_results
 from nucseg.stats import paired_tests
 
 PROFILE = load_profile("sample")
@@ -76,6 +78,18 @@ def test_without_results_it_says_what_makes_some(place):
     with pytest.raises(FileNotFoundError, match=r"\(only on kumar\)"):
         make_report(PROFILE)
     assert make_report(PROFILE, "kumar").dataset == "kumar"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "tables").glob("*/results.csv")), ids=lambda p: p.parent.name
+)
+def test_what_this_repository_has_measured_is_shown_without_images(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCSEG_HOME", str(tmp_path))
+    monkeypatch.setenv("NUCSEG_DATA", str(tmp_path))
+    dataset = read_results(path)["dataset"].iloc[0]
+    report = make_report(load_profile(path.parent.name), dataset, path.parent)
+    assert report.progress["with results"].sum() > 0
+    assert all(file.stat().st_size for file in report.write())
 
 
 def test_the_forest_holds_every_row_of_the_paper_and_says_why_one_has_no_difference():
