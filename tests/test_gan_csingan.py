@@ -199,6 +199,25 @@ def test_the_real_window_is_cut_where_its_reconstruction_is(training_set):
     torch.testing.assert_close(inputs[:-1, :1, inner, inner], synthetic)
 
 
+def test_the_reconstruction_is_trained_from_noise_only_where_that_is_wanted(training_set, monkeypatch):
+    batches = {}
+    original = scale_training.ScaleTraining._batch
+
+    def watched(self):
+        inputs, previous, mask = original(self)
+        batches.setdefault((self.config.reconstruction_noise, self.n), []).append((inputs[-1], previous[-1]))
+        return inputs, previous, mask
+
+    monkeypatch.setattr(scale_training.ScaleTraining, "_batch", watched)
+    for share in (0.0, 1.0):
+        config = dataclasses.replace(TINY, reconstruction_noise=share)
+        build("csingan", config, "cpu").fit([training_set[0][0]], training_set[1][:1], seed=0)
+    for (share, n), seen in batches.items():
+        for first, second in zip(seen[0], seen[1], strict=True):
+            same = torch.equal(first, second)
+            assert same if not share or (n == 0 and not first.any()) else not same
+
+
 def test_masks_stay_binary_at_every_scale():
     mask = torch.from_numpy(discs(1, 64, 0) > 0).float().unsqueeze(1)
     for small in scales.mask_pyramid(mask, (24, 37, 64)):

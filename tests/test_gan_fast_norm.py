@@ -75,3 +75,14 @@ def test_the_module_starts_as_batch_norm_does():
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     net = torch.nn.Sequential(torch.nn.BatchNorm2d(4, track_running_stats=False), torch.nn.LeakyReLU(0.2))
     torch.testing.assert_close(NormReLU(4)(x), net(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_gives_the_same_derivatives(tensors):
+    def second(device):
+        here = tuple(t.detach().to(device).requires_grad_() for t in tensors)
+        (first,) = torch.autograd.grad(norm_relu(*here).pow(3).sum(), here[0], create_graph=True)
+        return [g.cpu() for g in torch.autograd.grad(first.square().sum(), here)]
+
+    for ours, theirs in zip(second("cuda"), second("cpu"), strict=True):
+        torch.testing.assert_close(ours, theirs)

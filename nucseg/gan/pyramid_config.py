@@ -46,8 +46,10 @@ class PyramidConfig:
         Noise at the coarsest scale (1 in the released code and SinGAN). The reconstruction sees none, so the more noise
         there is, the less L_REC teaches about synthetic masks; a short training wants little.
     reconstruction_noise
-        Share of that noise that the reconstruction is trained with as well; 0, as in the paper (A22): none. With noise,
-        L_REC holds the colours of what is painted from noise, which in few steps nothing else does.
+        Share of the noise, at all scales, from which the real pair is reconstructed in training; 0, as in the paper
+        (A22): none. The critics' BatchNorm hides colour and contrast from them, so that only L_REC holds those, and
+        without noise it holds them for images without noise alone: a short training then paints what it is shown in
+        colours of its own.
     masked_average
         Average a critic's map over its mask area (A20); False: over all positions.
     min_area

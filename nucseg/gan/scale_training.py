@@ -204,16 +204,19 @@ class ScaleTraining:
 
         Returns the generator's padded inputs and the previous images, (b + 1, ...), and the synthetic masks, (b, ...).
         """
-        n, i, below = self.n, self.i, self.below
+        n, i, below, share = self.n, self.i, self.below, self.config.reconstruction_noise
         masks = [self.data.masks[j][i].index_select(0, self.buffers.index[i]).float() for j in range(n + 1)]
         noise = [z[i] for z in self.buffers.noise]
         here = torch.cat([below.amplitude * noise[n], below.real_noise])
-        if self.config.reconstruction_noise:
-            here[-1] += self.config.reconstruction_noise * here[0]
-        previous = None
+        earlier_masks, earlier_noise, previous = masks[:n], noise[:n], None
+        if share:  # the reconstruction is painted from noise as well, that of the first mask
+            here[-1] += share * here[0]
+            earlier_masks = [torch.cat([m, self.data.real_masks[j][i : i + 1]]) for j, m in enumerate(earlier_masks)]
+            earlier_noise = [torch.cat([z, share * z[:1]]) for z in earlier_noise]
         if n:
-            painted = below.paint(masks[:n] if self.conditional else None, noise[:n])
-            previous = torch.cat([upsample(painted, self.data.sizes[n]), below.real_previous])
+            painted = below.paint(earlier_masks if self.conditional else None, earlier_noise)
+            previous = upsample(painted, self.data.sizes[n])
+            previous = previous if share else torch.cat([previous, below.real_previous])
         mask = torch.cat([masks[n], self.real_mask]) if self.conditional else None
         inputs = self.generator.pad(inputs_of(mask, here, previous))
         if previous is None:

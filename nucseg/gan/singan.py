@@ -47,6 +47,8 @@ class SinGANConfig(PyramidConfig):
             raise ValueError(f"scales must be at least 2 to paint from the scale before, got {self.scales}")
         if self.start is not None and not 1 <= self.start < self.scales:
             raise ValueError(f"start must be in 1..{self.scales - 1}, got {self.start}")
+        if self.reconstruction_noise:
+            raise ValueError(f"reconstruction_noise: SinGAN's own is z*, so it must be 0; {self.reconstruction_noise}")
 
     @property
     def start_scale(self) -> int:
