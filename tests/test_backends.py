@@ -67,7 +67,7 @@ def test_a_ray_cluster_of_two_workers_gives_the_results_of_one_process(small, se
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args=dict(num_cpus=2, include_dashboard=False, _system_config={"worker_niceness": 0}),
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "_system_config": {"worker_niceness": 0}},
     )
     try:
         assert run(small, tmp_path, backend="ray", address=cluster.address) == sequential
