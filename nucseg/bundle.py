@@ -141,6 +141,7 @@ def make_bundle(
             _write(part / named, _portable(Path(profile).read_text()))
         _write(part / "start.sh", _start(named, place, python), 0o755)
         _write(part / "LICENCES.txt", _licences(opened))
+        _write(part / ".gitignore", "*\n")  # the images may not be published
         sizes = dict.fromkeys(PARTS, 0)
         for path in sorted(p for p in part.rglob("*") if p.is_file()):
             sizes[_part_of(path.relative_to(part))] += path.stat().st_size

@@ -1,9 +1,9 @@
 """Results that go home from another machine, packed into one small file; `nucseg.results_add` adds them there.
 
 A file holds, for every profile, ``results.csv`` and ``runs.csv``; of every reported run the ``meta.json`` of each stage
-behind it (configuration, code, seconds, hardware) and its learning curve; tracebacks of what failed; and of the worst,
-the median and the best test image the predicted label maps, with a crop of the image and of its truth. No image
-travels whole.
+behind it (configuration, code, seconds, hardware), its learning curve and chosen patches; tracebacks of what failed;
+and of the worst, the median and the best test image the predicted label maps, with a crop of the image and of its
+truth. No image travels whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 from nucseg.annotations.errors import DataError
 from nucseg.data import Dataset, data_root, load_dataset
 from nucseg.results import KEY, ResultsError, empty_results, read_results, read_runs
-from nucseg.store import Result, Store, home, published
+from nucseg.store import Store, home, published
 
 MB = 1_000_000
 CROP = 256  # side of what is shown of an image, in pixels
@@ -140,10 +140,11 @@ def _failures(store: Store, dataset: str) -> list[Path]:
 
 
 def _stages(store: Store, run_ids: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield the meta data of everything that the runs were made from, and learning curves; each once."""
-    known = {result.key: result for meta in store.root.glob("*/*/meta.json") for result in [_result(meta)]}
-    open_keys = [key for key, result in known.items() if result.path.parent.name == "evaluation"]
-    open_keys = [key for key in open_keys if known[key].run_id in set(run_ids)]
+    """Yield the meta data of everything that the runs were made from, learning curves and chosen patches; each once."""
+    stages = sorted(path.name for path in store.root.glob("*") if path.is_dir())
+    known = {result.key: result for stage in stages for result in store.results(stage)}
+    reported = set(run_ids)
+    open_keys = [result.key for result in store.results("evaluation") if result.run_id in reported]
     seen: set[str] = set()
     while open_keys:
         key = open_keys.pop()
@@ -152,19 +153,18 @@ def _stages(store: Store, run_ids: Iterable[str]) -> Iterator[tuple[str, bytes]]
         seen.add(key)
         result = known[key]
         open_keys += result.meta.get("inputs", [])
-        for name in ("meta.json", "curve.json"):
+        for name in ("meta.json", "curve.json", "selection.json"):
             if (result.path / name).is_file():
                 yield f"{result.path.parent.name}/{key}.{name}", (result.path / name).read_bytes()
-
-
-def _result(meta: Path) -> Result:
-    return Result(meta.parent, meta.parent.name, json.loads(meta.read_text()))
 
 
 def _examples(store: Store, results: pd.DataFrame, root: str | Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Yield names and makers of pictures: crops first, then label maps, the worst image of every run first."""
     evaluations = {result.run_id: result for result in store.results("evaluation")}
     for name, rows in results.groupby("dataset"):
+        runs = [run_id for run_id in dict.fromkeys(rows["run_id"]) if run_id in evaluations]
+        if not runs:  # all were made elsewhere
+            continue
         order = rows.groupby("image_id")["aji"].mean().sort_values(kind="stable").index
         chosen = list(dict.fromkeys(order[[0, -1, len(order) // 2]]))
         opened = _opened(name, rows["fingerprint"].iloc[0], root)
@@ -173,7 +173,6 @@ def _examples(store: Store, results: pd.DataFrame, root: str | Path) -> Iterator
             if opened is not None:
                 yield f"{folder}/image.png", lambda i=image_id, d=opened: _png(_crop(d.sample(i).image))
                 yield f"{folder}/truth.png", lambda i=image_id, d=opened: _png(_crop(d.sample(i).labels))
-        runs = [run_id for run_id in dict.fromkeys(rows["run_id"]) if run_id in evaluations]
         for image_id in chosen:
             for run_id in runs:
                 folder, file = f"{slug(name)}/{slug(image_id)}", evaluations[run_id].path / "predictions.npz"

@@ -48,6 +48,7 @@ def home(tmp_path, data, monkeypatch):
 
         def train(folder):
             (folder / "curve.json").write_text("[1, 2]")
+            (folder / "selection.json").write_text("{}")
             (folder / "model.safetensors").write_bytes(b"large")
 
         def evaluate(folder, seed=seed):
@@ -75,7 +76,7 @@ def test_numbers_configurations_curves_and_failures_travel_and_models_do_not(hom
         names = zipped.namelist()
         metas = [json.loads(zipped.read(name)) for name in names if name.endswith(".meta.json")]
     stages = [name.split("/")[2] for name in names if "/stages/" in name]
-    assert sorted(stages) == ["evaluation"] * 2 + ["model"] * 4  # meta and curve of each model
+    assert sorted(stages) == ["evaluation"] * 2 + ["model"] * 6  # meta, curve and selection of each
     assert sorted(meta["config"]["seed"] for meta in metas if meta["stage"] == "model") == [1, 2]
     assert "tiny/failed/abc.json" in names
     assert not [name for name in names if "safetensors" in name or name.endswith(".npz")]
