@@ -13,8 +13,11 @@ Resolutions and deviations (REFERENCE section 3)
 - Masking multiplies in [-1, 1] space and stays in the graph, so that each critic's gradient reaches the generator
   (A20; in the released code those of D_f and D_b cannot). A critic's map is averaged over the mask area, the mask
   centre-cropped to the map. Critics: LeakyReLU, linear output (A19).
-- Noise at all scales in training and sampling (A23), none in the reconstruction (A22); gradient penalty per pixel over
-  channels (A24); masks in {0, 1}, resized by nearest neighbour, padded with background (A21).
+- Noise at all scales in training and sampling (A23), none in the reconstruction (A22) unless `reconstruction_noise`
+  asks for it; gradient penalty per pixel over channels (A24); masks in {0, 1}, resized by nearest neighbour, padded
+  with background (A21).
+- A critic's BatchNorm normalises real and synthetic images each by their own statistics, as in the released code, which
+  hides their mean colour and contrast from it. One batch for both was tried, and in short trainings was worse.
 - Each step draws several masks (A18), and the real mask rides in the same batch: BatchNorm then has one set of
   statistics, which sampling can reuse. They are measured anew when a scale is finished.
 - Within a step the generator runs once: its images do not change while the critics update.

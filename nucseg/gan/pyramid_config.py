@@ -43,8 +43,7 @@ class PyramidConfig:
     noise_amplitude
         Noise at finer scales, in units of the RMSE between the real patch and the upsampled reconstruction.
     coarse_noise
-        Noise at the coarsest scale (1 in the released code and SinGAN). The reconstruction sees none, so the more noise
-        there is, the less L_REC teaches about synthetic masks; a short training wants little.
+        Noise at the coarsest scale (1 in the released code and SinGAN).
     reconstruction_noise
         Share of the noise, at all scales, from which the real pair is reconstructed in training; 0, as in the paper
         (A22): none. The critics' BatchNorm hides colour and contrast from them, so that only L_REC holds those, and
