@@ -159,8 +159,8 @@ def make_bundle(
         sizes["start"] += sum((part / name).stat().st_size for name in (MANIFEST, "SHA256SUMS"))
         if sum(sizes.values()) > limit_mb * MB:
             raise BundleError(
-                f"the bundle is larger than {limit_mb:g} MB:\n{_describe(sizes)}\nTake less: --wheel none leaves the "
-                "notebooks' packages out, another profile may have a smaller encoder; or allow more: --limit-mb"
+                f"the bundle is larger than {limit_mb:g} MB:\n{_describe(sizes)}\nTake less: weights in 16 bits "
+                "(no --exact), no packages for notebooks (--wheel none); or allow more: --limit-mb"
             )
         _sane(part)
         _move(part, folder)

@@ -124,7 +124,12 @@ def read(path: str | Path) -> list[Incoming]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        results, runs = read_results(path / "results.csv"), read_runs(path / "runs.csv")
+        try:
+            results, runs = read_results(path / "results.csv"), read_runs(path / "runs.csv")
+        except ValueError as error:  # ResultsError names the file; pandas' own, for what is not a table, do not
+            raise (
+                error if isinstance(error, ResultsError) else ResultsError(f"{path}: not a table ({error})")
+            ) from error
         return [_incoming(path, name, rows, runs, {}) for name, rows in results.groupby("profile")]
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}")

@@ -353,7 +353,8 @@ LEFT_OUT = {"aiohttp", "debugpy", "jedi", "widgetsnbextension", "jupyterlab-widg
 
 def test_the_wheels_are_all_that_notebooks_need_beyond_what_is_there():
     node = {"python_version": "3.12", "python_full_version": "3.12.3", "sys_platform": "linux", "extra": ""}
-    todo, needed = ["papermill", "ipykernel", "ipywidgets", "nbconvert", "bleach[css]", "pooch", "defusedxml"], set()
+    todo = ["papermill", "ipykernel", "ipywidgets", "nbconvert", "bleach[css]", "pooch", "defusedxml", "jaxtyping"]
+    needed = set()
     while todo:
         wanted = Requirement(todo.pop())
         name = canonicalize_name(wanted.name)

@@ -196,6 +196,16 @@ def test_tables_that_do_not_fit_together_are_refused(tmp_path):
         add([zip_of(path, {**members, "tiny/results.csv": b"\xff\xfe\x00"})])
 
 
+def test_a_folder_with_something_else_in_its_tables_is_refused(tmp_path):
+    folder = folder_of(tmp_path / "a", made_up(1))
+    (folder / "runs.csv").write_bytes(b"")
+    with pytest.raises(ResultsError, match="a: not a table"):
+        add([folder])
+    (folder / "runs.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"runs\.csv"):
+        add([folder])
+
+
 def test_what_a_file_holds_beside_numbers_is_kept_out_of_version_control(tmp_path, home):
     picture = io.BytesIO()
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(picture, "png")
