@@ -88,9 +88,11 @@ def run(
     address: Annotated[str, typer.Option(help="Of the cluster: HOST:6379 or auto (ray), tcp://HOST:8786 (dask).")] = "",
 ) -> None:
     """Run the experiments of tables that have no result yet, and add theirs to results.csv."""
-    from nucseg import backends, runs
+    from nucseg import backends
 
-    backends.check(backend, address, jobs)
+    backends.check(backend, address, jobs)  # before anything large is imported
+    from nucseg import runs
+
     plan = runs.Plan(profile, dataset, data_root, _tables(table), device)
     if dry_run:
         typer.echo(plan.describe())

@@ -85,20 +85,23 @@ def reserved(gpu: Gpu, need: float, poll: float = 0.5) -> Iterator[None]:
     Those who wait are let in one after another, so none is passed by for ever.
     """
     with contextlib.ExitStack() as stack:
-        with locked(gpu.folder / ".lock"), task("waiting for GPU memory"):
-            while True:
-                gpu.empty_cache()
-                free, total = gpu.memory()
-                promised = _promised(gpu.folder)
-                if not promised or (need <= free and need + sum(promised) <= total):
-                    break
-                time.sleep(poll)
-            mine = gpu.folder / f"{os.getpid()}.json"
-            stack.enter_context(claimed(mine, json.dumps(need)))
+        with locked(gpu.folder / ".lock"):
+            if not _fits(gpu, need):
+                with task("waiting for GPU memory"):
+                    while not _fits(gpu, need):
+                        time.sleep(poll)
+            stack.enter_context(claimed(gpu.folder / f"{os.getpid()}.json", json.dumps(need)))
         try:
             yield
         finally:
             gpu.empty_cache()
+
+
+def _fits(gpu: Gpu, need: float) -> bool:
+    gpu.empty_cache()
+    free, total = gpu.memory()
+    promised = _promised(gpu.folder)
+    return not promised or (need <= free and need + sum(promised) <= total)
 
 
 def _promised(folder: Path) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pandas as pd
 from PIL import Image
 
 from nucseg.data.tissue import generate_tissue
@@ -46,7 +45,7 @@ class NoWork(Store):
             if stage == "selection":
                 (folder / "selection.json").write_text(json.dumps(SELECTION))
             if stage == "evaluation":
-                pd.DataFrame([line(f"image{i:02}") for i in range(14)]).to_csv(folder / "metrics.csv", index=False)
+                (folder / "metrics.csv").write_text(METRICS)
             return {"validation_aji": 0.5, "pairs": {"real": 2}, "peak_gpu_mb": None, "initialised_from": "nothing"}
 
         return super().get(stage, config, nothing, inputs, code)
@@ -58,9 +57,9 @@ SELECTION = {
 }
 
 
-def line(image: str) -> dict:
-    scores = dict.fromkeys(("dice", "aji", "aji_plus", "dq", "sq", "pq", "f1"), 0.5)
-    return {"image_id": image, "organ": "o", "seen": 1, **scores, "n_true": 3, "n_pred": 3}
+METRICS = "image_id,organ,seen,dice,aji,aji_plus,dq,sq,pq,f1,n_true,n_pred\n" + "".join(
+    f"image{i:02},o,1,{','.join(['0.5'] * 7)},3,3\n" for i in range(14)
+)
 
 
 def no_op_plan(profile: Path, data: Path) -> Plan:

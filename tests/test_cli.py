@@ -44,6 +44,13 @@ def test_a_mistake_is_one_line_and_not_a_traceback(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_an_address_without_a_cluster_is_one_line_too():
+    result = nucseg("run", "--address", "tcp://there:8786")
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("add --backend ray or --backend dask")
+    assert "Traceback" not in result.stderr
+
+
 def test_missing_data_are_reported_before_any_notebook_runs(tmp_path):
     result = nucseg("reproduce", "--dataset", "kumar", "--data-root", str(tmp_path))
     assert result.returncode == 1

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from small import TINY, no_op_plan, small_data, small_profile
 
 from nucseg.backends import BackendError
+from nucseg.gpu_memory import Gpu
 from nucseg.results import read_results, read_runs
 from nucseg.running import Ticket, failure_file, probe, run_one, running_file, work_on
 from nucseg.runs import Plan
@@ -240,6 +242,27 @@ def test_what_fails_in_one_process_is_not_tried_by_another_of_the_same_time(no_o
     assert len(tried) == 1
     assert run_one(plan.pipeline, experiment, time.time() + 1) == "failed"
     assert len(tried) == 2
+
+
+@pytest.mark.parametrize("too_large", [False, True])
+def test_on_a_gpu_out_of_memory_is_tried_again_before_it_is_a_failure(no_op, place, monkeypatch, too_large):
+    plan = no_op(1)
+    (experiment,) = plan.experiments
+    rows, runs, tries = plan.pipeline.run(experiment), plan.pipeline.runs(experiment), []
+
+    def full(self, experiment):
+        tries.append(experiment)
+        if too_large or len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows
+
+    monkeypatch.setattr("nucseg.pipeline.Pipeline.run", full)
+    monkeypatch.setattr("nucseg.pipeline.Pipeline.runs", lambda self, e: runs)
+    monkeypatch.setattr("nucseg.gpu_memory.gpu", lambda device, folder: Gpu(folder / "made-up", lambda: (8e4, 8e4)))
+    plan.pipeline.device = torch.device("cuda")
+    assert run_one(plan.pipeline, experiment) == ("failed" if too_large else "done")
+    assert len(tries) == 2
+    assert (place / "runs" / ".gpu" / "made-up").is_dir()
 
 
 @pytest.fixture
