@@ -11,6 +11,7 @@ import csv
 import functools
 import io
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -85,15 +86,18 @@ def _order(identity: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
 
 
 def _put_aside(known: list[Line], new: list[Line], path: Path) -> list[Line]:
-    dataset, version = new[0][_DATASET], new[0][_FINGERPRINT]
-    other = [line for line in known if line[_DATASET] == dataset and line[_FINGERPRINT] != version]
-    for fingerprint in sorted({line[_FINGERPRINT] for line in other}):
-        lines = [line for line in other if line[_FINGERPRINT] == fingerprint]
+    versions = {line[_DATASET]: line[_FINGERPRINT] for line in new}
+    kept, other = [], defaultdict(list)
+    for line in known:
+        dataset, fingerprint = line[_DATASET], line[_FINGERPRINT]
+        same = versions.get(dataset, fingerprint) == fingerprint
+        (kept if same else other[dataset, fingerprint]).append(line)
+    for (dataset, fingerprint), lines in other.items():
         aside = path.with_name(f"results-{dataset}-{fingerprint}.csv")
         _write(aside, RESULT_COLUMNS, _replaced(_known(aside, RESULT_COLUMNS, read_results), lines))
         text = f"the data of {dataset!r} have changed; {len(lines)} older results moved to {aside}"
         warnings.warn(text, stacklevel=3)
-    return [line for line in known if line not in other] if other else known
+    return kept
 
 
 def _lines(frame: pd.DataFrame) -> list[Line]:

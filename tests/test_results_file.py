@@ -97,6 +97,16 @@ def test_results_put_aside_before_stay_there(place):
     assert list(read_results(place / "tables" / "tiny" / "results-tissue-f1.csv")["seed"]) == [1, 3]
 
 
+def test_of_several_datasets_each_one_s_older_version_is_put_aside(place):
+    add_results(frame(1, dataset="kumar"), lines())
+    add_results(frame(1, dataset="tnbc"), lines())
+    both = pd.concat([frame(2, dataset="kumar"), frame(2, fingerprint="f2", dataset="tnbc")], ignore_index=True)
+    with pytest.warns(UserWarning, match="data of 'tnbc' have changed"):
+        add_results(both, lines())
+    kept = read_results(place / "tables" / "tiny" / "results.csv")
+    assert sorted(zip(kept["dataset"], kept["seed"], strict=True)) == [("kumar", 1), ("kumar", 2), ("tnbc", 2)]
+
+
 def test_what_a_killed_run_was_writing_is_cleared_away(place):
     folder = place / "tables" / "tiny"
     folder.mkdir(parents=True)
