@@ -11,6 +11,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import nms, roi_align
 
@@ -84,7 +85,7 @@ def batch(count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 def test_targets_equal_a_loop_over_the_ids_of_each_image(seed):
     rng = np.random.default_rng(seed)
     maps = rng.choice([0, 0, 0, 3, 8, 70000], size=(3, 7, 9)) * rng.integers(0, 2, (3, 1, 1))
-    targets = targets_from_labels(torch.from_numpy(maps))
+    targets = targets_from_labels(torch.from_numpy(maps), 70000 if seed % 2 else None)
     for b, labels in enumerate(maps):
         ids = np.unique(labels[labels > 0])
         assert targets.valid[b].tolist() == [i < len(ids) for i in range(targets.valid.shape[1])]
@@ -203,6 +204,69 @@ def test_masks_are_not_taught_on_unknown_pixels(model, monkeypatch):
         assert not gradient[~known].any()
         assert gradient[known].all()
         assert gradient.abs().sum() == pytest.approx(gradient[known].abs().sum())
+
+
+# -- a fixed number of places, as on a GPU ----------------------------------------------------------------------------
+
+
+def every_place(used):
+    return torch.ones_like(used).nonzero(as_tuple=True)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_places_worked_on_for_nothing_change_neither_loss_nor_gradient(model, monkeypatch, hidden):
+    images, labels = batch(3)
+    labels[2] = 0  # no positive place at all
+    if hidden:
+        labels[1] = IGNORE  # no place at all
+    model.train()
+    results = []
+    for fixed in (False, True):
+        if fixed:
+            monkeypatch.setattr("nucseg.models.maskrcnn.places", every_place)
+        torch.manual_seed(0)
+        model.zero_grad()
+        losses = model.loss(images, labels)
+        sum(losses.values()).backward()
+        results.append((losses, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    for name, value in results[0][0].items():
+        torch.testing.assert_close(results[1][0][name], value, msg=name)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_a_step_waits_for_the_device_once_beside_the_suppression(model, monkeypatch):
+    waits = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.name().split("::")[1].split(".")[0]
+            if name in (
+                "_local_scalar_dense",
+                "nonzero",
+                "_unique2",
+                "bincount",
+                "masked_select",
+                "equal",
+                "lift_fresh",
+            ):
+                waits.append(name)
+            if name in ("index", "index_put_"):
+                waits.extend(name for i in args[1] if i is not None and i.dtype == torch.bool)
+            return function(*args, **(kwargs or {}))
+
+    def places(used):
+        return every_slot[used.shape]
+
+    every_slot = {shape: every_place(torch.zeros(shape)) for shape in ((2, 32), (2, 16), (2, 8))}
+    monkeypatch.setattr("nucseg.models.maskrcnn.places", places)
+    images, labels = batch()
+    model.train().loss(images, labels)  # anchors are made once
+    model.largest_id = 5
+    with Count():
+        sum(model.loss(images, labels).values()).backward()
+    assert waits.count("_local_scalar_dense") + waits.count("equal") == len(waits), waits
+    assert waits.count("_local_scalar_dense") <= 1 + waits.count("equal")
 
 
 def test_a_crop_of_which_nothing_is_known_teaches_nothing(model):

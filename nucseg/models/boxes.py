@@ -11,6 +11,7 @@ tenth of the width of a small nucleus's IoU); non-maximum suppression of proposa
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -29,38 +30,48 @@ class Targets(NamedTuple):
     index: Tensor  # (b, h, w) int64: 0 = background, j + 1 = the nucleus in place j, IGNORE = unknown
 
 
-def targets_from_labels(label_maps: Int[Tensor, "b h w"]) -> Targets:
+def targets_from_labels(label_maps: Int[Tensor, "b h w"], largest_id: int | None = None) -> Targets:
     """Read boxes from label maps, on their device and without a loop over ids.
 
     Ids may be any positive integers, with gaps and in several pieces; places follow the order of the ids. An image
     without nuclei has no valid place. `nucseg.labels.IGNORE` is no nucleus, and marks its pixels in `Targets.index`.
+
+    Parameters
+    ----------
+    largest_id
+        No id is larger. None: the device is asked. How many nuclei there are in the fullest image is asked in any case.
     """
     b, h, w = label_maps.shape
     device = label_maps.device
-    image, row, column = (label_maps > 0).nonzero(as_tuple=True)
-    values = label_maps[image, row, column].long()
-    index = label_maps.long().clamp(max=0)  # background and unknown pixels stay
-    if len(values) == 0:
-        return Targets(
-            torch.zeros((b, 1, 4), device=device), torch.zeros((b, 1), dtype=torch.bool, device=device), index
-        )
-    span = values.max() + 1
-    keys, nucleus = torch.unique(image * span + values, return_inverse=True)  # sorted: image by image
-    owner = keys // span
-    counts = torch.bincount(owner, minlength=b)
-    place = torch.arange(len(keys), device=device) - (counts.cumsum(0) - counts)[owner]
-    index[image, row, column] = place[nucleus] + 1
-    low = torch.full((len(keys), 2), max(h, w), device=device)
-    high = torch.zeros((len(keys), 2), dtype=torch.int64, device=device)
-    position = torch.stack((column, row), dim=1)
-    each = nucleus[:, None].expand(-1, 2)
-    low.scatter_reduce_(0, each, position, "amin")
-    high.scatter_reduce_(0, each, position + 1, "amax")
-    most = int(counts.max())
-    boxes = torch.zeros((b, most, 4), device=device)
-    boxes[owner, place] = torch.cat((low, high), dim=1).float()
-    valid = torch.arange(most, device=device) < counts[:, None]
-    return Targets(boxes, valid, index)
+    ids = label_maps.long()
+    if largest_id is None:
+        largest_id = int(ids.max())
+    span = max(largest_id, 0) + 1
+    inside = ids > 0
+    # Other pixels get keys of their own, one a column: thousands of writes to one place would queue on a GPU.
+    key = torch.where(
+        inside, ids + span * torch.arange(b, device=device).view(b, 1, 1), span * b + torch.arange(w, device=device)
+    ).view(-1)
+    present = torch.zeros(span * b + w, dtype=torch.bool, device=device).index_fill_(0, key, True)
+    nuclei = present[: span * b].view(b, span)
+    place = nuclei.cumsum(1) - 1
+    index = torch.where(inside, place.view(-1)[key.clamp(max=span * b - 1)].view(b, h, w) + 1, ids.clamp(max=0))
+
+    column, row = (
+        torch.arange(w, device=device).expand(b, h, w),
+        torch.arange(h, device=device)[:, None].expand(b, h, w),
+    )
+    position = torch.stack((column, row), dim=-1).reshape(-1, 2)
+    each = key[:, None].expand(-1, 2)
+    low = torch.full((span * b + w, 2), max(h, w), device=device).scatter_reduce(0, each, position, "amin")
+    high = torch.zeros((span * b + w, 2), dtype=torch.int64, device=device)
+    high = high.scatter_reduce(0, each, position + 1, "amax")
+    most = max(1, int(nuclei.sum(dim=1).max()))
+    boxes = torch.zeros((b, most + 1, 4), device=device)  # the last place takes the ids that are not there
+    slot = torch.where(nuclei, place, most)[..., None].expand(-1, -1, 4)
+    boxes.scatter_(1, slot, torch.cat((low, high), dim=1)[: span * b].view(b, span, 4).float())
+    valid = torch.arange(most, device=device) < nuclei.sum(dim=1, keepdim=True)
+    return Targets(boxes[:, :most] * valid[..., None], valid, index)
 
 
 def mask_targets(
@@ -144,6 +155,17 @@ def make_anchors(
     device: torch.device,
 ) -> Float[Tensor, "a 4"]:
     """Anchors of all levels, ordered level, row, column, shape; a ratio is height / width at equal area."""
+    return _make_anchors(tuple(tuple(shape) for shape in shapes), strides, sizes, ratios, device)
+
+
+@functools.lru_cache(maxsize=16)  # made on the host and copied: at every step that would make it wait for the device
+def _make_anchors(
+    shapes: tuple[tuple[int, int], ...],
+    strides: tuple[int, ...],
+    sizes: tuple[tuple[float, ...], ...],
+    ratios: tuple[float, ...],
+    device: torch.device,
+) -> Tensor:
     levels = []
     for (rows, columns), stride, level_sizes in zip(shapes, strides, sizes, strict=True):
         sides = [(s / r**0.5, s * r**0.5) for s in level_sizes for r in ratios]
@@ -215,6 +237,19 @@ def match(
     return Matches(place, positive, negative)
 
 
+def places(used: Bool[Tensor, "b k"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Return image and slot of the used places, or on a GPU of all places.
+
+    There it is cheaper to work on a few places for nothing than to make the host wait until it knows which they are:
+    what is computed from them must be weighted by `used`.
+    """
+    if used.is_cuda:
+        b, k = used.shape
+        image = torch.arange(b, device=used.device)[:, None].expand(b, k)
+        return image.reshape(-1), torch.arange(k, device=used.device).expand(b, k).reshape(-1)
+    return used.nonzero(as_tuple=True)
+
+
 def sample(
     positive: Bool[Tensor, "b n"],
     negative: Bool[Tensor, "b n"],
@@ -228,7 +263,8 @@ def sample(
     Returns
     -------
     indices, is_positive, is_drawn
-        Of padded places: the example, whether it is positive, and whether the place is used.
+        Of `count` places (fewer if there are fewer candidates), drawn ones first and of these the positive ones: the
+        example, whether it is positive, and whether the place is used.
     """
     n = positive.shape[1]
     key = torch.rand(positive.shape, device=positive.device)
@@ -237,11 +273,11 @@ def sample(
     drawn = key_positive < 1.5
     room = count - drawn.sum(dim=1, keepdim=True)
     drawn_negative = (key_negative < 1.5) & (torch.arange(second.shape[1], device=key.device) < room)
-    return (
-        torch.cat((first, second), dim=1),
-        torch.cat((drawn, torch.zeros_like(drawn_negative)), dim=1),
-        torch.cat((drawn, drawn_negative), dim=1),
-    )
+    indices = torch.cat((first, second), dim=1)
+    is_positive = torch.cat((drawn, torch.zeros_like(drawn_negative)), dim=1)
+    is_drawn = torch.cat((drawn, drawn_negative), dim=1)
+    order = torch.sort(is_drawn.byte(), dim=1, descending=True, stable=True).indices[:, :count]
+    return indices.gather(1, order), is_positive.gather(1, order), is_drawn.gather(1, order)
 
 
 def batched_nms(boxes: Float[Tensor, "b n 4"], threshold: float) -> Bool[Tensor, "b n"]:
@@ -255,7 +291,7 @@ def batched_nms(boxes: Float[Tensor, "b n 4"], threshold: float) -> Bool[Tensor,
     )
     keep = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     while True:
-        updated = torch.bmm(keep[:, None].to(overlap), overlap)[:, 0] == 0
-        if torch.equal(updated, keep):
+        for _ in range(8 if boxes.is_cuda else 1):  # looking whether it has settled makes the host wait
+            before, keep = keep, torch.bmm(keep[:, None].to(overlap), overlap)[:, 0] == 0
+        if torch.equal(before, keep):
             return keep
-        keep = updated

@@ -38,6 +38,7 @@ from nucseg.models.boxes import (
     make_anchors,
     mask_targets,
     match,
+    places,
     sample,
     targets_from_labels,
     unknown_share,
@@ -184,7 +185,7 @@ class MaskRCNN(Segmenter):
         makes neither positive nor negative examples, and its pixels are left out of the masks.
         """
         config, scale = self.config, self.config.scale
-        targets = targets_from_labels(label_maps)
+        targets = targets_from_labels(label_maps, self.largest_id)
         scaled = targets._replace(boxes=targets.boxes * scale)
         levels, roi_map = self._features(images)
         logits, offsets, anchors = self._propose(levels)
@@ -196,30 +197,28 @@ class MaskRCNN(Segmenter):
         usable = torch.cat((usable, scaled.valid), dim=1)
         unknown = unknown_share(targets.index, candidates / scale)
         matches = match(candidates, scaled, config.roi_iou, config.roi_iou, keep_best=False, unknown=unknown)
-        chosen, positive, drawn = sample(
+        chosen, positive_slots, drawn = sample(
             matches.positive & usable, matches.negative & usable, config.roi_samples, config.roi_fraction
         )
-        image, slot = drawn.nonzero(as_tuple=True)
-        index, positive = chosen[image, slot], positive[image, slot]
+        image, slot = places(drawn)
+        index, drawn = chosen[image, slot], drawn[image, slot].float()
+        positive = positive_slots[image, slot].float()
         rois, place = candidates[image, index], matches.place[image, index]
+        count = drawn.sum().clamp(min=1)
 
         score, box_offsets = self.box_head(self._pool(roi_map, image, rois, config.box_pool))
-        if len(positive):
-            losses["score"] = F.binary_cross_entropy_with_logits(score.float(), positive.float())
-        else:  # crops of which all is unknown give no example at all
-            losses["score"] = score.float().sum()
-        which = positive.nonzero()[:, 0]
-        wanted = encode(scaled.boxes[image[which], place[which]], rois[which], BOX_WEIGHTS)
-        box_loss = F.smooth_l1_loss(box_offsets[which].float(), wanted, beta=SMOOTH_L1_BETA, reduction="sum")
-        losses["box"] = box_loss / max(1, len(positive))
+        score_loss = F.binary_cross_entropy_with_logits(score.float(), positive, weight=drawn, reduction="sum")
+        losses["score"] = score_loss / count
+        losses["box"] = _box_loss(box_offsets, scaled.boxes[image, place], rois, positive > 0, BOX_WEIGHTS) / count
 
         # Positives come first and in random order, so the first places are a fair draw of them.
-        which = (positive & (slot < config.mask_samples)).nonzero()[:, 0]
-        image, rois, place = image[which], rois[which], place[which]
-
+        first = positive_slots[:, : min(config.mask_samples, round(config.roi_samples * config.roi_fraction))]
+        image, slot = places(first)
+        index, used = chosen[image, slot], first[image, slot].float()
+        rois, place = candidates[image, index], matches.place[image, index]
         masks = self.mask_head(self._pool(roi_map, image, rois, config.mask_pool)).float()
         truth = mask_targets(targets.index, image, place, rois / scale, masks.shape[-1])
-        known = known_cells(targets.index, image, rois / scale, masks.shape[-1]).float()
+        known = known_cells(targets.index, image, rois / scale, masks.shape[-1]) * used[:, None, None]
         mask_loss = F.binary_cross_entropy_with_logits(masks, truth, weight=known, reduction="sum")
         losses["mask"] = mask_loss / known.sum().clamp(min=1)
         return losses
@@ -256,12 +255,10 @@ class MaskRCNN(Segmenter):
         index, positive, drawn = sample(matches.positive, matches.negative, config.rpn_samples, config.rpn_fraction)
         count = drawn.sum().clamp(min=1)
         score = F.binary_cross_entropy_with_logits(logits.gather(1, index), positive.float(), reduction="none")
-        image, slot = positive.nonzero(as_tuple=True)
-        index_positive = index[image, slot]
-        wanted = encode(
-            targets.boxes[image, matches.place[image, index_positive]], anchors[index_positive], RPN_WEIGHTS
-        )
-        box = F.smooth_l1_loss(offsets[image, index_positive], wanted, beta=SMOOTH_L1_BETA, reduction="sum")
+        image, slot = places(positive)
+        which = index[image, slot]
+        truth = targets.boxes[image, matches.place[image, which]]
+        box = _box_loss(offsets[image, which], truth, anchors[which], positive[image, slot], RPN_WEIGHTS)
         return {"rpn_score": (score * drawn).sum() / count, "rpn_box": box / count}
 
     @torch.no_grad()
@@ -345,6 +342,16 @@ class MaskRCNN(Segmenter):
         boxes, scores = boxes[keep], scores[keep]
         masks = self.mask_head(self._pool(roi_map, first[: len(boxes)], boxes, config.mask_pool)).float().sigmoid()
         return boxes / config.scale, scores, masks
+
+
+def _box_loss(
+    offsets: Tensor, truth: Tensor, anchors: Tensor, positive: Tensor, weights: tuple[float, float]
+) -> Tensor:
+    """Sum of torchvision's smooth L1 over the positive boxes; (n, 4) each but `positive`, (n,) bool."""
+    # A place that is not used may hold a box without area, whose offsets are no numbers.
+    wanted = torch.where(positive[:, None], encode(truth, anchors, weights), 0.0)
+    loss = F.smooth_l1_loss(offsets.float(), wanted, beta=SMOOTH_L1_BETA, reduction="none")
+    return (loss * positive[:, None]).sum()
 
 
 class _ProposalHead(nn.Module):
