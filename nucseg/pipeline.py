@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from nucseg import gan, metrics, models
 from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
-from nucseg.encoders import Encoder
+from nucseg.encoders import Encoder, weights_version
 from nucseg.experiments import Experiment
 from nucseg.inference import predict_all
 from nucseg.masks import synthesize_with_report
@@ -90,7 +90,8 @@ class Pipeline:
             np.savez(folder / "features.npz", **features.to_arrays())
 
         what = {name: getattr(config, name) for name in ("size", "step", "cover_border", "normalise", "precision")}
-        what |= {"encoder": encoder, "device": self.device.type}
+        version = weights_version(encoder, self.profile.weights.get(encoder))
+        what |= {"encoder": encoder, "weights": version, "device": self.device.type}
         return self.store.get("features", what, make, [self.dataset.fingerprint], SELECTION_CODE)
 
     @cached_property
@@ -231,8 +232,13 @@ class Pipeline:
     def build(self, experiment: Experiment, pretrained: bool = True) -> Segmenter:
         """Return the untrained segmenter of an experiment, its encoder pretrained."""
         config, encoder = self.profile.segmenter(experiment.segmenter), self.profile.segmenter_encoder
-        weights = self.profile.weights.get(models.encoder_of(experiment.segmenter, encoder))
+        weights = self._start_of(experiment.segmenter)[1]
         return models.build(experiment.segmenter, encoder, config, weights, pretrained)
+
+    def _start_of(self, segmenter: str) -> tuple[str, str | None]:
+        """Return the encoder that a segmenter starts from, and the file that the profile names for its weights."""
+        name = models.encoder_of(segmenter, self.profile.segmenter_encoder)
+        return name, self.profile.weights.get(name)
 
     def encoder_name(self, experiment: Experiment) -> str:
         """Return the encoder as tables name it; one that was not pretrained says so."""
@@ -310,6 +316,9 @@ class Pipeline:
             "seed": experiment.seed,
             "device": self.device.type,
         }
+        start, weights = self._start_of(name)
+        if weights is not None or start == self.profile.segmenter_encoder:
+            what["weights"] = weights_version(start, weights)
         what |= {"teacher": pseudo.teacher, "round": after} if taught else {}
         return self.store.get("model", what, make, inputs, (*MODEL_CODE, *["nucseg.mean_teacher"] * taught))
 

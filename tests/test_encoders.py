@@ -14,7 +14,7 @@ from skimage.data import coffee
 from skimage.transform import resize
 
 from nucseg import encoders
-from nucseg.encoders import EMBEDDED, Encoder, EncoderError, Pyramid, read_weights
+from nucseg.encoders import EMBEDDED, Encoder, EncoderError, Pyramid, read_weights, weights_version
 
 ESPRESSO = 967  # ImageNet's class of a cup seen from above
 
@@ -188,3 +188,18 @@ def test_weights_in_the_folder_of_the_environment_come_before_the_package_and_a_
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in named.items())
     monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path / "empty"))
     assert torch.equal(Encoder(name).net.conv_stem.weight, net.conv_stem.weight)
+
+
+def test_other_weights_have_another_version_wherever_they_lie(tmp_path, monkeypatch):
+    state = {"conv_stem.weight": torch.zeros(2, 3, 3, 3)}
+    for folder, value in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
+        (tmp_path / folder).mkdir()
+        save_file({name: tensor + value for name, tensor in state.items()}, tmp_path / folder / "tiny.safetensors")
+    one, same, other = (weights_version("tiny", tmp_path / name / "tiny.safetensors") for name in "abc")
+    assert one == same != other
+    monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path / "c"))
+    assert weights_version("tiny") == other
+    monkeypatch.delenv("NUCSEG_WEIGHTS")
+    assert weights_version("resnet50") == "torchvision IMAGENET1K_V1"
+    with pytest.raises(EncoderError, match="no weights file"):
+        weights_version("tiny", tmp_path / "none.safetensors")
