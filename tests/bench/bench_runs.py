@@ -2,8 +2,9 @@
 
     python tests/bench/bench_runs.py [EXPERIMENTS]
 
-Prints milliseconds per experiment, one after another and in two processes, the number of rows in results.csv, and what
-reading, checking and rewriting the whole table for each experiment (as it was once done) would cost on top.
+Prints milliseconds per experiment, one after another and in two processes (which first open profile and data), the
+rows in results.csv, and what it takes to read, check and write the whole table once, as was once done for every
+experiment.
 """
 
 from __future__ import annotations
