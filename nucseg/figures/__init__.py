@@ -1,4 +1,4 @@
-"""Figures 3 to 7, one file each room: `selection` (3, 6), `masks` (4), `csingan` (5), `synthesis`, `segmentation` (7)."""
+"""Figures 3 to 7 by file: `selection` (3, 6), `masks` (4), `csingan` (5), `segmentation` (7); and `synthesis`."""
 
 from nucseg.figures.style import curves, outline, panels, save, sign
 
