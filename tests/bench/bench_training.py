@@ -1,5 +1,5 @@
-"""Training rates, side by side: our segmenters beside torchvision's Mask R-CNN as it comes, our augmentation beside a
-plain loop.
+"""Training rates, side by side: our segmenters, eager and as CUDA graphs, beside torchvision's Mask R-CNN as it comes
+and HoVer-Net by plain loops; our augmentation beside a plain loop.
 
     python tests/bench/bench_training.py [--quick] [--device cuda] [--out rates.json]
 
@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from nucseg.augment import AugmentConfig, augment
 from nucseg.crops import CropPool
 from nucseg.inference import InferenceConfig
 from nucseg.models import build, config_class
-from nucseg.models.hover import hv_targets
-from nucseg.training import TrainingConfig, train
+from nucseg.models.hover import HoverTargets, hv_targets
+from nucseg.steps import Step
+from nucseg.training import TrainingConfig
 
 
 def synthetic_pairs(count: int, size: int, nuclei: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -43,15 +45,40 @@ def synthetic_pairs(count: int, size: int, nuclei: int, seed: int = 0) -> list[t
     return pairs
 
 
-def our_training(name: str, config, encoder: str | None, pairs, batch: int, crop: int, device, precision: str):
-    """Return a function that trains for some iterations and says how many images that were."""
-    model = build(name, encoder=encoder, config=config, pretrained=name == "hoverlite")
+def our_training(name: str, config, encoder: str | None, pairs, batch: int, crop: int, device, **settings):
+    """Return a function that does some steps of the training loop and says how many images that were."""
+    device = torch.device(device)
+    settings = TrainingConfig(batch=batch, crop=crop, **settings)
+    model = build(name, encoder=encoder, config=config, pretrained=name == "hoverlite").to(device)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout).train()
+    pool, generator = CropPool(pairs, crop, device), torch.Generator(device).manual_seed(0)
+    step = Step(model, pool, AugmentConfig(), settings, generator, None, None)
 
     def run(iterations: int) -> int:
-        settings = TrainingConfig(
-            iterations=iterations, batch=batch, crop=crop, precision=precision, log_every=iterations, validate_every=0
-        )
-        train(model, pairs, settings, augment=AugmentConfig(), device=device)
+        for _ in range(iterations):
+            step(1e-4)
+        return iterations * batch
+
+    return run
+
+
+def plain_hovernet_training(pairs, batch: int, crop: int, device):
+    """Train HoVer-Net as public scripts do: one crop and one nucleus at a time on the host, then fp32 and Adam."""
+    model = build("hovernet", pretrained=False).to(device).train()
+    optimiser, one = torch.optim.Adam(model.parameters(), lr=1e-4), plain_crop(pairs, crop)
+
+    def run(iterations: int) -> int:
+        for _ in range(iterations):
+            arrays = [np.stack(part) for part in zip(*(one() for _ in range(batch)), strict=True)]
+            images, labels, hv = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
+            inside = labels > 0
+            images = images.permute(0, 3, 1, 2).float().contiguous()
+            loss = sum(model.loss_on(images, HoverTargets(inside, hv.float(), torch.ones_like(inside))).values())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            loss.item()  # they print it
         return iterations * batch
 
     return run
@@ -101,8 +128,8 @@ def batch_augmentation(pairs, batch: int, crop: int, device):
     return run
 
 
-def plain_augmentation(pairs, batch: int, crop: int, device):
-    """Do the same one crop and one nucleus at a time, as the public scripts do, and copy it to the device."""
+def plain_crop(pairs, crop: int) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return a function that makes one augmented crop with its label map and HV map, one nucleus at a time."""
     rng = np.random.default_rng(0)
 
     def one() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,6 +150,13 @@ def plain_augmentation(pairs, batch: int, crop: int, device):
                 offset = p - np.floor(p.mean() + 0.5)
                 hv[channel][place] = offset / np.where(offset < 0, max(-offset.min(), 1), max(offset.max(), 1))
         return image, labels, hv
+
+    return one
+
+
+def plain_augmentation(pairs, batch: int, crop: int, device):
+    """Do the same one crop and one nucleus at a time, as the public scripts do, and copy it to the device."""
+    one = plain_crop(pairs, crop)
 
     def run(iterations: int) -> int:
         for _ in range(iterations):
@@ -161,30 +195,50 @@ def main() -> None:
     lite = config_class("hoverlite")
     narrow = lite(widths=(64, 32, 16, 16), frozen=5)
 
+    peers = {
+        "maskrcnn": "torchvision's Mask R-CNN as it comes, fp32",
+        "hovernet": "HoVer-Net by plain loops, fp32",
+        "hoverlite": "HoVer-Net by plain loops, fp32",
+    }
+    few = {"maskrcnn": 6 if cuda else 1, "hovernet": 8 if cuda else 1}
     contenders = {
-        "maskrcnn torchvision batch 6 fp32": lambda: torchvision_training(pairs, 6 if cuda else 1, crop, device),
-        "maskrcnn ours batch 6 fp32": lambda: our_training(
-            "maskrcnn", None, "efficientnet_lite0", pairs, 6 if cuda else 1, crop, device, "fp32"),
-        f"maskrcnn ours batch {large} {precision}": lambda: our_training(
-            "maskrcnn", None, "efficientnet_lite0", pairs, large, crop, device, precision),
-        f"hovernet fast batch {8 if cuda else 1} fp32": lambda: our_training(
-            "hovernet", None, None, pairs, 8 if cuda else 1, crop, device, "fp32"),
-        f"hovernet fast batch {large if cuda else 1} {precision}": lambda: our_training(
-            "hovernet", None, None, pairs, large if cuda else 1, crop, device, precision),
-        f"hoverlite batch {large} {precision}": lambda: our_training(
-            "hoverlite", lite(), "efficientnet_lite0", pairs, large, crop, device, precision),
-        f"hoverlite narrow, fixed encoder, batch {large} {precision}": lambda: our_training(
-            "hoverlite", narrow, "efficientnet_lite0", pairs, large, crop, device, precision),
-        "augmentation and targets, plain loop": lambda: plain_augmentation(pairs, large, crop, device),
-        f"augmentation and targets, batch {large}": lambda: batch_augmentation(pairs, large, crop, device),
-    }  # fmt: skip
+        peers["maskrcnn"]: lambda: torchvision_training(pairs, few["maskrcnn"], crop, device),
+        peers["hovernet"]: lambda: plain_hovernet_training(pairs, few["hovernet"], crop, device),
+    }
+    models = {
+        "maskrcnn": ("maskrcnn", None, "efficientnet_lite0"),
+        "hovernet": ("hovernet", None, None),
+        "hoverlite": ("hoverlite", lite(), "efficientnet_lite0"),
+        "hoverlite narrow, fixed encoder": ("hoverlite", narrow, "efficientnet_lite0"),
+    }
+    ways = {
+        "eager": {"channels_last": False},
+        "eager, channels-last": {},
+        "graph": {"channels_last": False, "cuda_graph": True},
+        "graph, channels-last": {"cuda_graph": True},
+    }
+    for title, arguments in models.items():
+        base = arguments[0]
+        if base in few and title == base:
+            contenders[f"{title} batch {few[base]} fp32, eager, channels-last"] = partial(
+                our_training, *arguments, pairs, few[base], crop, device
+            )
+        batch = few[base] if base in few and not cuda else large
+        for way, settings in ways.items():
+            if "graph" in way and (not cuda or base == "maskrcnn"):  # nothing to capture
+                continue
+            contenders[f"{title} batch {batch} {precision}, {way}"] = partial(
+                our_training, *arguments, pairs, batch, crop, device, precision=precision, **settings
+            )
+    contenders["augmentation and targets, plain loop"] = lambda: plain_augmentation(pairs, large, crop, device)
+    contenders[f"augmentation and targets, batch {large}"] = lambda: batch_augmentation(pairs, large, crop, device)
     runs = {}
     for name, make in contenders.items():
         if options.only not in name:
             continue
         try:
             runs[name] = make()
-            runs[name](2)  # warm up
+            runs[name](5)  # warm up, and capture
         except Exception as error:  # one contender that cannot run here must not hide the others
             runs.pop(name, None)
             print(f"{name}: not run ({type(error).__name__}: {error})")
@@ -194,11 +248,13 @@ def main() -> None:
             rates[name].append(rate(run, seconds, device))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"{crop} px, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; images/s")
-    peer = medians.get("maskrcnn torchvision batch 6 fp32")
     for name, value in medians.items():
-        ratio = f"{value / peer:8.2f} x torchvision" if peer and "augmentation" not in name else ""
-        print(f"{value:10.2f}  {name:55s}{ratio}")
-    loop, ours = (next((v for n, v in medians.items() if text in n), None) for text in ("plain loop", "targets, batch"))
+        peer = next((p for model, p in peers.items() if name.startswith(model)), "")
+        ratio = f"{value / medians[peer]:8.2f} x {peer}" if peer in medians else ""
+        print(f"{value:10.2f}  {name:66s}{ratio}")
+    loop, ours = (
+        next((v for n, v in medians.items() if text in n), None) for text in ("targets, plain", "targets, batch")
+    )
     if loop and ours:
         print(f"augmentation and targets: {ours / loop:.1f} x the plain loop")
     if any("hoverlite" in name for name in runs):
