@@ -77,10 +77,11 @@ class Step:
             self._graph.replay()
         elif self._eager_left > 0:
             self._eager_left -= 1
-            with _beside(self.device):
+            with _beside(self.device), _fastest_convolutions():
                 self.terms = self.run()
         else:
-            self.terms = self.run()
+            with _fastest_convolutions():
+                self.terms = self.run()
         return self.terms
 
     def run(self) -> dict[str, Tensor]:
@@ -114,7 +115,8 @@ class Step:
         self._graph.register_generator_state(self.generator)
         self.optimiser.zero_grad(set_to_none=True)
         try:
-            with torch.cuda.graph(self._graph):
+            # Convolutions have been tried out in the warm-up; here their choice is only looked up.
+            with _fastest_convolutions(), torch.cuda.graph(self._graph):
                 self.terms = self.run()
         except RuntimeError as error:
             raise RuntimeError(
@@ -125,16 +127,23 @@ class Step:
 
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own, as what comes before a capture must, with the fastest convolutions looked for."""
-    stream, searched = torch.cuda.Stream(device), torch.backends.cudnn.benchmark
+    """Run on a stream of its own, as what comes before a capture must."""
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@contextlib.contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms on the first step: the shapes of all others are the same."""
+    before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        with torch.cuda.stream(stream):
-            yield
+        yield
     finally:
-        torch.backends.cudnn.benchmark = searched
-    torch.cuda.current_stream(device).wait_stream(stream)
+        torch.backends.cudnn.benchmark = before
 
 
 def make_optimiser(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

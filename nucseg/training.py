@@ -223,6 +223,7 @@ def train(
                         "best_state": best_state,
                     }
                 )
+    step.optimiser.zero_grad(set_to_none=True)  # gradients of a captured step would keep its memory
     if averaged:
         model.load_state_dict(averaged.module.state_dict())
     model.eval()

@@ -217,6 +217,18 @@ def test_an_artefact_elsewhere_does_not_change_a_nucleus():
     assert mean_iou(plain[:, :100], disturbed[:, :100]) > 0.97
 
 
+def test_a_giant_nucleus_elsewhere_changes_nothing():
+    labels = np.concatenate([ellipses(seed=s) + 1000 * s * (ellipses(seed=s) > 0) for s in range(2)], axis=1)
+    maps = true_maps(np.pad(labels.astype(np.int32), ((0, 210), (0, 0))))
+    maps[1:] *= 0.7
+    plain = instances_from_maps(maps, HoverConfig()).labels[:100]
+    y, x = np.mgrid[-95:95, -90:90] / 95
+    maps[0, 110:300, 6:186], maps[1:, 110:300, 6:186] = 1, np.stack((x, y)) * 0.7
+    beside = instances_from_maps(maps, HoverConfig()).labels[:100]
+    assert plain.max() > 15
+    assert mean_iou(plain, beside) > 0.99
+
+
 def test_small_holes_are_filled_and_large_ones_are_not():
     maps = true_maps(np.kron([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.ones((30, 30), dtype=np.int32)).astype(np.int32))
     maps[0, 40:44, 40:44] = 0.1

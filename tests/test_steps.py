@@ -149,12 +149,16 @@ def test_the_average_is_a_mean_at_first_unless_its_start_is_worth_remembering(fr
     assert not average.module[0].weight.requires_grad
 
 
-def test_one_schedule_with_a_graph_runs_without_a_gpu_too():
+def test_a_graph_without_a_gpu_and_another_layout_change_nothing():
     curves = []
-    for cuda_graph in (False, True):
-        config = TrainingConfig(iterations=2, batch=2, crop=64, log_every=1, validate_every=0, cuda_graph=cuda_graph)
-        curves.append([row["total"] for row in train(small("hoverlite"), pairs(), config).curve])
+    for changes in ({}, {"cuda_graph": True}, {"channels_last": False}):
+        config = TrainingConfig(iterations=2, batch=2, crop=64, log_every=1, validate_every=0, **changes)
+        model = small("hoverlite")
+        curves.append([row["total"] for row in train(model, pairs(), config).curve])
+        stem = model.encoder.net.conv_stem.weight
+        assert stem.is_contiguous() == (changes == {"channels_last": False})
     assert curves[0] == curves[1]
+    assert curves[2] == pytest.approx(curves[0], rel=1e-3)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
