@@ -214,7 +214,7 @@ def write(run: Pipeline) -> tuple[Path, ...]:
     write_text(folder / f"synthesis_{name}.md", as_markdown(frame, caption))
     picture = run.figure_path("synthesis")
     ids = sorted(set(frame["run_id"]))
-    figures.save(figure(run), picture, run.signature(), ids)
+    figures.save(figure(run), picture, run.signature(), ids, dpi=90, colours=256)
     return folder / f"synthesis_{name}.csv", folder / f"synthesis_{name}.md", picture
 
 
