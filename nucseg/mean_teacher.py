@@ -48,7 +48,8 @@ class MeanTeacherConfig:
     decay
         Share of the teacher's weights that a step keeps.
     sure
-        Probability from which the teacher's word on a pixel counts, nucleus or background.
+        Probability from which the teacher's word on a pixel counts, nucleus or background. On the built-in tissue 0.8
+        gave a higher validation AJI than 0.9 for both selections tried (one seed each), and than 0.95 for the one.
     weight
         Of the unlabelled terms beside the labelled ones.
     ramp
@@ -60,7 +61,7 @@ class MeanTeacherConfig:
     """
 
     decay: float = 0.99
-    sure: float = 0.9
+    sure: float = 0.8
     weight: float = 1.0
     ramp: float = 0.2
     batch: int = 0

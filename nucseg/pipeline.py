@@ -249,11 +249,13 @@ class Pipeline:
     def pseudo_config(self, experiment: Experiment) -> PseudoConfig:
         """Return how an experiment pseudo-labels: as its profile says.
 
-        A segmenter that no mean teacher can teach gets rounds of pseudo labels that leave out what is unsure.
+        A segmenter that no mean teacher can teach gets rounds of pseudo labels that leave out what is unsure, by the
+        teacher's measure of being sure.
         """
         config = self.profile.pseudo
         if config.method == "mean-teacher" and not models.per_pixel(experiment.segmenter):
-            return replace(config, method="rounds", unsure="ignore")
+            sure = max(config.confidence, config.teacher.sure)
+            return replace(config, method="rounds", unsure="ignore", confidence=sure)
         return config
 
     def trained(self, experiment: Experiment, after: int = 0) -> Result:

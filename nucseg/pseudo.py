@@ -36,7 +36,8 @@ class PseudoConfig:
     ----------
     method
         ``"rounds"`` of fixed pseudo labels, the paper's, or ``"mean-teacher"``: each round is one training with a mean
-        teacher from the model of the round before; only `teacher` counts then. For HoVer heads.
+        teacher from the model of the round before; only `teacher` counts then. Mask R-CNN, which has no targets per
+        pixel, gets rounds with ``unsure: ignore`` and a confidence of `MeanTeacherConfig.sure` instead.
     unsure
         What the pixels of dropped nuclei become: ``"background"``, the paper's, or ``"ignore"``: no loss looks there.
     crops
@@ -44,7 +45,9 @@ class PseudoConfig:
     size
         Side of a crop in pixels; a smaller image gives crops of its own size.
     confidence
-        Lowest score of a predicted nucleus that is kept.
+        Lowest score of a predicted nucleus that is kept. HoVer heads score a nucleus by the mean probability of its
+        pixels, each at least 0.5, and Mask R-CNN reports none below `MaskRCNNConfig.score`, so that the paper's 0.5
+        drops nothing; 0.8 to 0.9 does.
     min_area, max_area
         Smallest and largest predicted nucleus that is kept, in pixels; 0 = no upper limit.
     positions

@@ -174,6 +174,7 @@ def test_a_segmenter_that_no_teacher_can_teach_leaves_out_what_is_unsure(pipelin
     assert taught.pseudo_config(ours).method == "mean-teacher"
     fallback = taught.pseudo_config(replace(ours, segmenter="maskrcnn"))
     assert (fallback.method, fallback.unsure) == ("rounds", "ignore")
+    assert fallback.confidence == taught.profile.pseudo.teacher.sure
 
 
 def test_a_network_that_starts_from_random_weights_says_so_in_every_row(pipeline, ours, rows, monkeypatch):
