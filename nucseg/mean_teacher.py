@@ -15,6 +15,11 @@ mistakes; a regression to its output is what the mean teacher does.
 Student and teacher start from the model of the round before, not from the initial weights as a round of fixed pseudo
 labels does (REFERENCE A35): a teacher is asked from the first step on, and must know something by then. A35 is there
 against fixed mistakes; these labels change with the teacher, and are masked where it doubts.
+
+How much of a gain is the teacher's? A round with ``weight: 0`` is the same training, as long and as averaged, without
+the unlabelled terms. On the built-in tissue in the sample profile's sizes (two selections, one seed each) test AJI was
+0.800 and 0.800 supervised, 0.789 and 0.806 after the paper's round, 0.819 and 0.827 with the teacher, but 0.807 and
+0.832 with weight 0; validation AJI 0.773 and 0.771 with the teacher, 0.745 and 0.745 with weight 0. Report both.
 """
 
 from __future__ import annotations
