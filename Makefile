@@ -30,7 +30,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 -W default notebooks
 
 readme: $(VENV)/installed
-	$(BIN)/python -m nucseg.summary README.md
+	$(BIN)/python -m nucseg.tables.summary README.md
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

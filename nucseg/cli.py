@@ -88,12 +88,12 @@ def run(
     address: Annotated[str, typer.Option(help="Of the cluster: HOST:6379 or auto (ray), tcp://HOST:8786 (dask).")] = "",
 ) -> None:
     """Run the experiments of tables that have no result yet, and add theirs to results.csv."""
-    from nucseg import backends
+    from nucseg.runs import backends
 
     backends.check(backend, address, jobs)  # before anything large is imported
-    from nucseg import runs
+    from nucseg.runs.plan import Plan
 
-    plan = runs.Plan(profile, dataset, data_root, _tables(table), device)
+    plan = Plan(profile, dataset, data_root, _tables(table), device)
     if dry_run:
         typer.echo(plan.describe())
         return
@@ -111,16 +111,16 @@ def status(
     table: TableOption = None,
 ) -> None:
     """Show which experiments are done, running, failed or missing, the minutes spent and the minutes to go."""
-    from nucseg import runs
+    from nucseg.runs.plan import Plan
 
-    typer.echo(runs.Plan(profile, dataset, data_root, _tables(table)).describe())
+    typer.echo(Plan(profile, dataset, data_root, _tables(table)).describe())
 
 
 @app.command()
 def tables(profile: ProfileOption = "sample", dataset: DatasetOption = "") -> None:
     """Make Tables I to VI, S and B and their figures from results.csv alone: CSV, Markdown, LaTeX, HTML and PNG."""
     from nucseg.profiles import load_profile
-    from nucseg.report import make_report
+    from nucseg.tables.report import make_report
 
     for path in make_report(load_profile(profile), dataset).write():
         typer.echo(path)
@@ -278,8 +278,8 @@ def bundle(
     exact: Annotated[bool, typer.Option("--exact", help="Weights in full precision, not in 16 bits: larger.")] = False,
 ) -> None:
     """Write one folder that runs everything on a machine without a network."""
-    from nucseg import wheels
-    from nucseg.bundle import make_bundle
+    from nucseg.bundle import wheels
+    from nucseg.bundle.make import make_bundle
 
     names = wheels.DEFAULT if wheel is None else tuple(name for name in wheel if name != "none")
     made = make_bundle(out, profile, dataset, data_root, names, python, limit_mb, fresh, exact)
@@ -297,7 +297,7 @@ def pack_results(
     limit_mb: LimitOption = 10.0,
 ) -> None:
     """Pack results, configurations, learning curves and a few label maps into one small file."""
-    from nucseg import results_pack
+    from nucseg.results import pack as results_pack
 
     typer.echo(results_pack.pack(out, profile, dataset, data_root, limit_mb).describe())
 
@@ -308,7 +308,7 @@ def add_results(
     replace: Annotated[bool, typer.Option("--replace", help="Take the file's numbers where they differ.")] = False,
 ) -> None:
     """Add results of another machine to tables/; either all are added, or nothing is changed."""
-    from nucseg import results_add
+    from nucseg.results import add as results_add
 
     for added in results_add.add(files, replace):
         typer.echo(added.describe())
@@ -349,12 +349,12 @@ def main() -> None:
 
 def _expected() -> tuple[type[Exception], ...]:
     # Imported when something has gone wrong: a command that trains nothing need not load torch.
-    from nucseg.bundle import BundleError
+    from nucseg.bundle.parts import BundleError
+    from nucseg.bundle.wheels import WheelError
     from nucseg.data import DataError
     from nucseg.encoders import EncoderError
     from nucseg.notebooks import NotebookFailed, ParameterError
     from nucseg.results import ResultsError
-    from nucseg.wheels import WheelError
     from nucseg.workflow import WorkflowError
 
     errors = (ConfigError, DataError, EncoderError, NotebookFailed, ParameterError, WorkflowError, FileNotFoundError)

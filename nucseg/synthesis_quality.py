@@ -27,7 +27,7 @@ from nucseg.patches import Patch
 from nucseg.pipeline import Pair, Pipeline
 from nucseg.progress import task
 from nucseg.store import Result, published, write_text
-from nucseg.table_formats import Cell, markdown
+from nucseg.tables.formats import Cell, markdown
 
 REAL = "real"
 SYSTEMS = {REAL: "real patches", **{each.key: each.label for each in rows("II")}}

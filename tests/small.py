@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from nucseg.data.tissue import generate_tissue
-from nucseg.runs import Plan
+from nucseg.runs.plan import Plan
 from nucseg.store import Store
 
 TINY = Path(__file__).parent / "tiny.yaml"

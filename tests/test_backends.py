@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from small import small_data, small_profile
 
-from nucseg import backends
-from nucseg.backends import BackendError, check, run_all
 from nucseg.results import read_runs
-from nucseg.runs import Plan
+from nucseg.runs.backends import BackendError, check, run_all
+from nucseg.runs.plan import Plan, backends
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,14 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 from small import small_data, small_profile
 
-from nucseg import wheels
-from nucseg.bundle import BundleError, make_bundle, pack_data, pack_weights
+from nucseg.bundle import wheels
+from nucseg.bundle.make import make_bundle
+from nucseg.bundle.parts import BundleError, pack_data, pack_weights
 from nucseg.data import load_dataset
 from nucseg.data.layouts import rows
 from nucseg.encoders import Encoder, Pyramid
 from nucseg.results import read_results
-from nucseg.runs import Plan
+from nucseg.runs.plan import Plan
 
 ENCODER = "efficientnet_lite0"
 
@@ -94,7 +95,7 @@ def test_started_alone_it_gives_the_rows_of_a_direct_run_through_its_own_code(
     monkeypatch.setenv("NUCSEG_HOME", str(tmp_path / "direct"))
     assert not Plan(profile, str(data), device="cpu").run()
     monkeypatch.setenv("NUCSEG_HOME", str(tmp_path / "home"))
-    from nucseg.results_add import add
+    from nucseg.results.add import add
 
     [added] = add([there / "results.zip"])
     assert (added.profile, added.new, added.equal) == ("tiny", 1, 0)
@@ -276,7 +277,7 @@ def test_changed_pixels_are_an_error(tmp_path, data, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content + b"\0")
 
-    monkeypatch.setattr("nucseg.bundle._write", damaged)
+    monkeypatch.setattr("nucseg.bundle.parts.write", damaged)
     with pytest.raises(BundleError, match="packed images or labels differ"):
         pack_data(dataset, str(data), tmp_path)
 

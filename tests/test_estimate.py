@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nucseg import estimate as module
 from nucseg.config import to_plain
-from nucseg.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
 from nucseg.experiments import Experiment
 from nucseg.profiles import load_profile
 from nucseg.results import RUN_COLUMNS
+from nucseg.runs import estimate as module
+from nucseg.runs.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
 
 TINY = load_profile(Path(__file__).parent / "tiny.yaml")
 H100 = load_profile("h100")

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from nucseg import gpu_memory
-from nucseg.gpu_memory import CONTEXT_MB, MARGIN, UNKNOWN_MB, Gpu, needed, reserved
+from nucseg.runs import gpu_memory
+from nucseg.runs.gpu_memory import CONTEXT_MB, MARGIN, UNKNOWN_MB, Gpu, needed, reserved
 from nucseg.store import claimed
 
 TOTAL = 80_000.0
@@ -51,7 +51,7 @@ def enter(gpu, need):
 
     thread = threading.Thread(target=wait)
     thread.start()
-    return inside, lambda: (leave.set(), thread.join(10))
+    return inside, lambda: (leave.set(), thread.join(60))
 
 
 def test_it_waits_for_memory_that_is_promised_though_still_free(gpu):
@@ -112,9 +112,12 @@ def test_out_of_memory_is_tried_once_more_alone(gpu):
         result = []
         thread = threading.Thread(target=lambda: result.append(gpu_memory.run(work, 2_000, gpu, poll=0.01)))
         thread.start()
-        time.sleep(0.3)
+        until = time.monotonic() + 60
+        while not tries and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)  # many polls
         assert len(tries) == 1, "the second try did not wait for the other process"
-    thread.join(10)
+    thread.join(60)
     assert result == ["Held"]
     (first, freed_before), (second, freed_after) = tries
     assert sorted(first) == [1_000, 2_000]

@@ -10,11 +10,11 @@ from test_beyond import lines_of
 
 from nucseg.beyond import experiments
 from nucseg.experiments import TABLES, rows
-from nucseg.forest import forest_frame
 from nucseg.profiles import load_profile
-from nucseg.report import make_report
 from nucseg.results import read_results
 from nucseg.stats import paired_tests
+from nucseg.tables.forest import forest_frame
+from nucseg.tables.report import make_report
 
 PROFILE = load_profile("sample")
 PROFILE = replace(PROFILE, grid=replace(PROFILE.grid, budget_grid=(0.5, 1.0), budget_strategies=("cps", "kmeans")))

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from nucseg import results_add
 from nucseg.results import RESULT_COLUMNS, RUN_COLUMNS, ResultsError, read_results, read_runs
-from nucseg.results_add import add
+from nucseg.results import add as results_add
+from nucseg.results.add import add
 
 
 def made_up(seed=1, aji=(0.5, 0.25), **changes):

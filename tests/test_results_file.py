@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from nucseg.results import RESULT_COLUMNS, RUN_COLUMNS, ResultsError, read_results, read_runs
-from nucseg.results_file import add_results
+from nucseg.results.file import add_results
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_what_a_killed_run_was_writing_is_cleared_away(place):
 
 
 def test_a_run_killed_between_the_two_files_is_still_missing_in_results(place, monkeypatch):
-    from nucseg import results_file
+    from nucseg.results import file as results_file
 
     def stop(path, *_):
         if path.name == "results.csv":

@@ -13,8 +13,8 @@ from PIL import Image
 from test_results_add import made_up, runs_of
 
 from nucseg.results import ResultsError
-from nucseg.results_add import add
-from nucseg.results_pack import CROP, pack
+from nucseg.results.add import add
+from nucseg.results.pack import CROP, pack
 from nucseg.store import Store
 
 SIDE = 600
@@ -107,7 +107,7 @@ def test_pictures_are_of_the_worst_median_and_best_image_and_no_image_travels_wh
 
 
 def test_of_a_small_image_at_most_a_quarter_is_shown(home, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("nucseg.results_pack.CROP", 10_000)
+    monkeypatch.setattr("nucseg.results.pack.CROP", 10_000)
     with zipfile.ZipFile(pack(tmp_path / "a.zip").path) as zipped:
         shown = Image.open(io.BytesIO(zipped.read("tiny/examples/small/01/image.png")))
     assert shown.size == (SIDE // 2, SIDE // 2)

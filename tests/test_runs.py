@@ -9,11 +9,11 @@ import pytest
 import torch
 from small import TINY, no_op_plan, small_data, small_profile
 
-from nucseg.backends import BackendError
-from nucseg.gpu_memory import Gpu
 from nucseg.results import read_results, read_runs
-from nucseg.running import Ticket, failure_file, probe, run_one, running_file, work_on
-from nucseg.runs import Plan
+from nucseg.runs.backends import BackendError
+from nucseg.runs.gpu_memory import Gpu
+from nucseg.runs.plan import Plan
+from nucseg.runs.running import Ticket, failure_file, probe, run_one, running_file, work_on
 from nucseg.store import Store, claimed
 
 
@@ -62,9 +62,7 @@ def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(pla
 
 
 def test_a_plan_names_rows_whose_model_does_not_exist_yet(place, monkeypatch):
-    from nucseg import runs
-
-    monkeypatch.setattr(runs, "REGISTRY", {"hovernet": None})
+    monkeypatch.setattr("nucseg.runs.plan.REGISTRY", {"hovernet": None})
     plan = Plan(TINY, device="cpu")
     assert {e.segmenter for e in plan.without_model} == {"hoverlite"}
     assert "no model" in plan.describe()
@@ -116,7 +114,7 @@ KILLED = """
     import json, os, random, signal, sys, time
     import torch
     from pathlib import Path
-    from nucseg.runs import Plan
+    from nucseg.runs.plan import Plan
     from nucseg.store import Store
 
     torch.set_num_threads(1)
@@ -258,7 +256,8 @@ def test_on_a_gpu_out_of_memory_is_tried_again_before_it_is_a_failure(no_op, pla
 
     monkeypatch.setattr("nucseg.pipeline.Pipeline.run", full)
     monkeypatch.setattr("nucseg.pipeline.Pipeline.runs", lambda self, e: runs)
-    monkeypatch.setattr("nucseg.gpu_memory.gpu", lambda device, folder: Gpu(folder / "made-up", lambda: (8e4, 8e4)))
+    made_up = lambda device, folder: Gpu(folder / "made-up", lambda: (8e4, 8e4))  # noqa: E731
+    monkeypatch.setattr("nucseg.runs.gpu_memory.gpu", made_up)
     plan.pipeline.device = torch.device("cuda")
     assert run_one(plan.pipeline, experiment) == ("failed" if too_large else "done")
     assert len(tries) == 2

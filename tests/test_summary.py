@@ -9,7 +9,7 @@ import pytest
 
 from nucseg.results import read_results
 from nucseg.store import published
-from nucseg.summary import markdown, summary, with_summary
+from nucseg.tables.summary import markdown, summary, with_summary
 
 README = Path(__file__).parent.parent / "README.md"
 

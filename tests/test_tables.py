@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from nucseg import table_formats
 from nucseg.experiments import TABLES, GridSettings, experiments_of, grid, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
-from nucseg.side_by_side import table_4_of_all
 from nucseg.stats import holm, paired_tests
-from nucseg.table_notes import needed_t
 from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, write_table
+from nucseg.tables import formats as table_formats
+from nucseg.tables.notes import needed_t
+from nucseg.tables.side_by_side import table_4_of_all
 
 SETTINGS = GridSettings(k1={"kumar": 9, "tnbc": 6, "tissue": 3}, rounds=2, seeds=(1, 2), random_seeds=(21, 100))
 ORGANS = ("breast", "breast", "liver", "liver", "colon", "stomach")

@@ -1,7 +1,8 @@
 """Beyond the paper: label-budget curves, a forest plot of all rows, and the mean ranks of the strategies.
 
-Each function takes what `nucseg.beyond` and `nucseg.forest` computed and returns a matplotlib figure; none reads or
-writes a file. Colours are Okabe and Ito's, which colour-blind readers tell apart, and nothing is told by colour alone.
+Each function takes what `nucseg.beyond` and `nucseg.tables.forest` computed and returns a matplotlib figure; none
+reads or writes a file. Colours are Okabe and Ito's, which colour-blind readers tell apart, and nothing is told by
+colour alone.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     Parameters
     ----------
     frame
-        As `nucseg.forest.forest_frame` returns it.
+        As `nucseg.tables.forest.forest_frame` returns it.
 
     Returns
     -------

@@ -35,7 +35,7 @@ def main(count: int = 200) -> None:
             for name in ("results.csv", "runs.csv"):
                 plan.results_file.with_name(name).unlink(missing_ok=True)
             if jobs > 1:  # processes that have imported everything
-                Parallel(n_jobs=jobs)(delayed(__import__)(name) for name in ["nucseg.running"] * jobs)
+                Parallel(n_jobs=jobs)(delayed(__import__)(name) for name in ["nucseg.runs.running"] * jobs)
             start = time.perf_counter()
             failed = plan.run(jobs)
             each = 1000 * (time.perf_counter() - start) / count

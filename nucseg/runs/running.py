@@ -23,14 +23,15 @@ import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
-from nucseg import __version__, gpu_memory
-from nucseg.backends import BackendError
+from nucseg import __version__
 from nucseg.config import ConfigError, to_plain
 from nucseg.data import DataError
 from nucseg.experiments import Experiment
 from nucseg.pipeline import Pipeline
 from nucseg.results import read_runs
-from nucseg.results_file import add_results
+from nucseg.results.file import add_results
+from nucseg.runs import gpu_memory
+from nucseg.runs.backends import BackendError
 from nucseg.store import OutOfTime, claimed, home, published, write_text
 
 

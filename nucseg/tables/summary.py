@@ -1,6 +1,6 @@
 """The README's table of what was run: one line per arm of Tables I to VI that has results, from the files alone.
 
-    python -m nucseg.summary README.md     # or: make readme
+    python -m nucseg.tables.summary README.md     # or: make readme
 
 A number of the paper stands beside ours only where it was printed for the same data; the paper's row says with which
 segmenter.

@@ -24,19 +24,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from PIL import Image
-
 import nucseg
-from nucseg import wheels as wheel_files
-from nucseg.annotations.label_images import write_labels
-from nucseg.data import NAMES, Dataset, Sample, load_dataset
-from nucseg.data.sources import FileSource
-from nucseg.notebooks import NOTEBOOKS
+from nucseg.bundle import wheels as wheel_files
+from nucseg.bundle.parts import BundleError, pack_data, pack_notebooks, pack_package, pack_weights, portable, write
+from nucseg.data import Dataset, load_dataset
 from nucseg.profiles import FOLDER, load_profile
 from nucseg.results import ResultsError
-from nucseg.results_pack import pack
-from nucseg.store import code_version, home
+from nucseg.results.pack import pack
+from nucseg.store import code_version
 
 PARTS = ("package", "notebooks", "data", "weights", "wheels", "results", "start")
 OWN = (
@@ -50,11 +45,6 @@ OWN = (
 )  # replaced by a new bundle; the rest stays
 MANIFEST, SO_FAR = "bundle.json", "so-far.zip"
 MB = 1_000_000
-COMPACT = (".webp", ".jpg", ".jpeg")  # copied as they are; other images become lossless WebP, the smallest of all tried
-
-
-class BundleError(RuntimeError):
-    """A bundle cannot be made; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ def make_bundle(
         As for `nucseg.pipeline.Pipeline`. Every profile of the package travels; this one is what ``start.sh`` runs, and
         its encoders are those whose weights travel.
     wheels
-        Packages or wheel files, see `nucseg.wheels.fetch`.
+        Packages or wheel files, see `nucseg.bundle.wheels.fetch`.
     python
         Python of the other machine, for wheels with compiled code.
     limit_mb
@@ -115,7 +105,7 @@ def make_bundle(
     ------
     BundleError
         If it is too large (with the size of each part), the folder holds other things, or the data changed in packing.
-    nucseg.wheels.WheelError, nucseg.data.DataError, nucseg.encoders.EncoderError
+    nucseg.bundle.wheels.WheelError, nucseg.data.DataError, nucseg.encoders.EncoderError
         If a part cannot be had.
     """
     folder = Path(folder).expanduser().resolve()
@@ -138,10 +128,10 @@ def make_bundle(
         named = str(profile)
         if named not in {path.stem for path in FOLDER.glob("*.yaml")}:
             named = f"profiles/{Path(profile).name}"
-            _write(part / named, _portable(Path(profile).read_text()))
-        _write(part / "start.sh", _start(named, place, python), 0o755)
-        _write(part / "LICENCES.txt", _licences(opened))
-        _write(part / ".gitignore", "*\n")  # the images may not be published
+            write(part / named, portable(Path(profile).read_text()))
+        write(part / "start.sh", _start(named, place, python), 0o755)
+        write(part / "LICENCES.txt", _licences(opened))
+        write(part / ".gitignore", "*\n")  # the images may not be published
         sizes = dict.fromkeys(PARTS, 0)
         for path in sorted(p for p in part.rglob("*") if p.is_file()):
             sizes[_part_of(path.relative_to(part))] += path.stat().st_size
@@ -154,8 +144,8 @@ def make_bundle(
             "python": python,
             "sizes": sizes,
         }
-        _write(part / MANIFEST, json.dumps(about, indent=1))
-        _write(part / "SHA256SUMS", _sums(part))
+        write(part / MANIFEST, json.dumps(about, indent=1))
+        write(part / "SHA256SUMS", _sums(part))
         sizes["start"] += sum((part / name).stat().st_size for name in (MANIFEST, "SHA256SUMS"))
         if sum(sizes.values()) > limit_mb * MB:
             raise BundleError(
@@ -167,132 +157,6 @@ def make_bundle(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Bundle(folder, sizes, opened.fingerprint)
-
-
-# -- the parts -------------------------------------------------------------------------------------------------
-
-
-def pack_package(folder: Path) -> None:
-    """Copy the package and its licence; paths of weights in profiles mean nothing elsewhere and are left out."""
-    source = Path(nucseg.__file__).parent
-    for path in sorted(source.rglob("*")):
-        if path.suffix in (".py", ".csv", ".md"):
-            _write(folder / "nucseg" / path.relative_to(source), path.read_bytes())
-        elif path.suffix == ".yaml":
-            _write(folder / "nucseg" / path.relative_to(source), _portable(path.read_text()))
-    licence = source.parent / "LICENSE"
-    if licence.is_file():
-        _write(folder / "LICENSE", licence.read_bytes())
-
-
-def pack_notebooks(folder: Path) -> None:
-    """Copy the notebooks without their outputs, which were made elsewhere."""
-    for name in NOTEBOOKS:
-        path = home() / "notebooks" / f"{name}.ipynb"
-        if not path.is_file():
-            raise BundleError(f"no notebook {path}: make bundles in a clone, or set NUCSEG_HOME to one")
-        notebook = json.loads(path.read_text())
-        for cell in notebook["cells"]:
-            if cell["cell_type"] == "code":
-                cell |= {"outputs": [], "execution_count": None}
-        _write(folder / path.name, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-
-
-def pack_data(dataset: Dataset, name: str, folder: Path) -> str:
-    """Pack a dataset losslessly, all splits, and check that it reads back pixel for pixel.
-
-    Named sets take the layout ``<name>/images/*.webp|jpg`` with ``<name>/labels/*.png``: files that have it already are
-    copied byte for byte, others are written as lossless WebP and 16-bit PNG. A user's own folder is copied as it is.
-
-    Parameters
-    ----------
-    dataset, name
-        The dataset, and the name or path that it was opened by.
-    folder
-        The new data root.
-
-    Returns
-    -------
-    str
-        How to open it there: its name, or its path below the folder of the bundle.
-
-    Raises
-    ------
-    BundleError
-        If the fingerprint changed.
-    """
-    if name == "tissue":  # generated
-        return name
-    if name in NAMES:
-        for sample in dataset.samples:
-            _pack_sample(sample, folder / dataset.name)
-        place, packed = name, load_dataset(name, folder)
-    else:
-        root = Path(name).expanduser()
-        for sample in dataset.samples:
-            for path in (sample.source.image_path, sample.source.label_path):
-                if path is not None:
-                    _write(folder / dataset.name / path.relative_to(root), path.read_bytes())
-        place, packed = f"data/{dataset.name}", load_dataset(folder / dataset.name)
-    if packed.fingerprint != dataset.fingerprint:
-        raise BundleError(
-            f"{dataset.name}: packed images or labels differ from the original ones (fingerprint {packed.fingerprint} "
-            f"instead of {dataset.fingerprint})"
-        )
-    return place
-
-
-def _pack_sample(sample: Sample, folder: Path) -> None:
-    source = sample.source
-    assert isinstance(source, FileSource)
-    image, labels = source.image_path, source.label_path
-    if image.suffix.lower() in COMPACT:
-        _write(folder / "images" / f"{sample.id}{image.suffix.lower()}", image.read_bytes())
-    else:
-        path = folder / "images" / f"{sample.id}.webp"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sample.image).save(path, lossless=True, quality=100, method=6)
-    path = folder / "labels" / f"{sample.id}.png"
-    if labels.suffix.lower() == ".png" and not source.components:
-        _write(path, labels.read_bytes())
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_labels(path, sample.labels)
-
-
-def pack_weights(encoder: str, folder: Path, source: str | Path | None = None, exact: bool = False) -> Path:
-    """Write an encoder's weights as ``<encoder>.safetensors``, its convolutions in 16 bits.
-
-    Weights of two or more dimensions are stored as fp16 and read back as fp32; BatchNorm's parameters and statistics
-    stay fp32, because running variances below 6e-8 would vanish. The classifier, which nothing here uses, is left out.
-
-    Rounding is not harmless where a discrete choice follows. Measured with EfficientNet-Lite2 on 300 patches of Kumar's
-    training images: features move by 0.4 % (L2, median; 2 % at most, of sub-regions), and k-means amplifies that: over
-    four seeds CPS picked 5, 7, 7 and 9 of 9 patches as before. So a run from a bundle is not the same run as one from
-    the package's weights. Every run from bundles has exactly the same weights, and `exact` leaves them as they are.
-
-    Parameters
-    ----------
-    encoder
-        Its name, see `nucseg.encoders`.
-    folder
-        Where to write; on the other machine NUCSEG_WEIGHTS names it.
-    source
-        A file of weights; the installed ones if None.
-    exact
-        Keep fp32, at twice the size.
-    """
-    from safetensors.torch import save_file
-
-    from nucseg.encoders import Encoder, Pyramid
-
-    state = Encoder(encoder, source).net.state_dict()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{encoder}.safetensors"
-    rounded = {k: v.half() if v.is_floating_point() and v.ndim > 1 and not exact else v for k, v in state.items()}
-    save_file({k: v.contiguous() for k, v in sorted(rounded.items())}, path)
-    Encoder(encoder, path), Pyramid(encoder, path)  # both kinds find all their weights in it
-    return path
 
 
 # -- the start -------------------------------------------------------------------------------------------------
@@ -325,7 +189,7 @@ unset TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR NUMBA_CACHE_DIR JOBLIB_TEMP_FOLDE
 export HOME=$here/.cache/home TMPDIR=$here/.tmp
 mkdir -p "$HOME" "$TMPDIR"
 
-"$python" -m nucseg.wheels "$here/wheels" "$here/site"
+"$python" -m nucseg.bundle.wheels "$here/wheels" "$here/site"
 
 if [[ -f $here/so-far.zip ]]; then
   if "$python" -m nucseg results add "$here/so-far.zip"; then
@@ -380,15 +244,6 @@ def _licences(dataset: Dataset) -> str:
     )
 
 
-def _portable(text: str) -> str:
-    """Leave the weights' paths out of a profile: here they lie in NUCSEG_WEIGHTS."""
-    values = yaml.safe_load(text)
-    if "weights" not in values:
-        return text
-    del values["weights"]
-    return yaml.safe_dump(values, sort_keys=False)
-
-
 def _part_of(path: Path) -> str:
     names = {"nucseg": "package", "LICENSE": "package", "profiles": "package", SO_FAR: "results"}
     first = path.parts[0]
@@ -403,12 +258,6 @@ def _describe(sizes: dict[str, int]) -> str:
 def _sums(folder: Path) -> str:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}\n" for p in files)
-
-
-def _write(path: Path, content: str | bytes, mode: int = 0o644) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    path.chmod(mode)
 
 
 def _sane(folder: Path) -> None:

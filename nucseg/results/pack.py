@@ -1,4 +1,4 @@
-"""Results that go home from another machine, packed into one small file; `nucseg.results_add` adds them there.
+"""Results that go home from another machine, packed into one small file; `nucseg.results.add` adds them there.
 
 A file holds, for every profile, ``results.csv`` and ``runs.csv``; of every reported run the ``meta.json`` of each stage
 behind it (configuration, code, seconds, hardware), its learning curve and chosen patches; tracebacks of what failed;

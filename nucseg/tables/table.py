@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg import table_formats, table_notes
 from nucseg.experiments import TABLES, Experiment, GridSettings, Row, experiments_of, rows
 from nucseg.results import (
     COUNTED,
@@ -26,6 +25,8 @@ from nucseg.results import (
 )
 from nucseg.stats import effect_size, holm, paired_tests
 from nucseg.store import write_text
+from nucseg.tables import formats
+from nucseg.tables import notes as table_notes
 
 NOT_IN_PROFILE = "not run in this profile"
 NOT_YET = "not run yet"
@@ -66,8 +67,8 @@ class Table:
         return self.caption
 
     def _repr_html_(self) -> str:
-        header, cells = table_formats.cells(self.frame)
-        return table_formats.html_fragment(self.caption, header, cells, self.notes)
+        header, cells = formats.cells(self.frame)
+        return formats.html_fragment(self.caption, header, cells, self.notes)
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,12 @@ def write_table(table: Table, folder: str | Path, suffix: str = "") -> tuple[Pat
     The files are ``table<number>_<dataset><suffix>`` with ``.csv``, ``.md``, ``.tex`` and ``.html``, the number in
     Arabic digits; existing files are replaced.
     """
-    header, cells = table_formats.cells(table.frame)
+    header, cells = formats.cells(table.frame)
     texts = {
         "csv": table.frame.to_csv(index=False, float_format="%.6g"),
-        "md": table_formats.markdown(table.caption, header, cells, table.notes),
-        "tex": table_formats.latex(table.caption, header, cells, table.notes),
-        "html": table_formats.html_page(table.caption, header, cells, table.notes),
+        "md": formats.markdown(table.caption, header, cells, table.notes),
+        "tex": formats.latex(table.caption, header, cells, table.notes),
+        "html": formats.html_page(table.caption, header, cells, table.notes),
     }
     number = TABLES.index(table.number) + 1 if table.number in TABLES else table.number
     name = f"table{number}_{Path(table.dataset).name}{suffix}"

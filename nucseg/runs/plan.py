@@ -21,16 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nucseg import backends, beyond, metrics
+from nucseg import beyond, metrics
 from nucseg.data import data_root
-from nucseg.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
 from nucseg.experiments import FIGURE_7, TABLES, Experiment, experiments_of, row
 from nucseg.figures.segmentation import Row
 from nucseg.models import REGISTRY
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs
-from nucseg.running import Ticket, failure_file, probe, run_one, running_file, work_on
+from nucseg.runs import backends
+from nucseg.runs.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
+from nucseg.runs.running import Ticket, failure_file, probe, run_one, running_file, work_on
 from nucseg.store import OutOfTime, holder, home, published, write_text
 
 STATES = ("done", "running", "failed", "missing")
@@ -104,7 +105,8 @@ class Plan:
         retry
             Run failed ones once more.
         backend, address
-            As for `nucseg.backends.run_all`. The workers of a cluster need the same packages, data and results folder.
+            As for `nucseg.runs.backends.run_all`. The workers of a cluster need the same packages, data and results
+            folder.
 
         Raises
         ------

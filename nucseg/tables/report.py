@@ -15,13 +15,13 @@ from nucseg import beyond
 from nucseg.data.tissue import SYNTHETIC_NOTE
 from nucseg.experiments import SEGMENTERS, TABLES, GridSettings
 from nucseg.figures import comparison, style
-from nucseg.forest import forest_frame
 from nucseg.models import REGISTRY  # which segmenters exist; their code is not loaded
 from nucseg.profiles import Profile
 from nucseg.results import EXPERIMENT, read_results, read_runs
-from nucseg.side_by_side import table_4_of_all
 from nucseg.store import published
 from nucseg.tables import NO_MODEL, Table, make_tables, write_table
+from nucseg.tables.forest import forest_frame
+from nucseg.tables.side_by_side import table_4_of_all
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Results that come back from another machine: checked, and added to the tables here.
 
-Files are those of `nucseg.results_pack`. Nothing is unpickled, nothing is written outside this project's folders, and
+Files are those of `nucseg.results.pack`. Nothing is unpickled, nothing is written outside this project's folders, and
 nothing is changed unless all of it is right.
 """
 
@@ -32,8 +32,8 @@ from nucseg.results import (
     read_results,
     read_runs,
 )
-from nucseg.results_file import add_results
-from nucseg.results_pack import EXPERIMENT, MB, slug, write_bytes
+from nucseg.results.file import add_results
+from nucseg.results.pack import EXPERIMENT, MB, slug, write_bytes
 from nucseg.store import home, published
 
 LARGEST = 200 * MB  # unpacked; more than any file of ours, less than what would fill a disk

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from nucseg import table_notes
 from nucseg.experiments import GridSettings
 from nucseg.results import check_results
 from nucseg.tables import DATASET_NAMES, Table, make_table, named, one_profile
+from nucseg.tables import notes as table_notes
 
 
 def table_4_of_all(

@@ -1,7 +1,7 @@
 """Packages that a machine without a network lacks, carried as wheels and unpacked there without pip.
 
 Fetching uses pip here, for the Python of the other machine. Unpacking is zipfile and nothing else, so it runs on a bare
-Python: ``python -m nucseg.wheels WHEELS SITE``, after which SITE goes on PYTHONPATH and SITE/share/jupyter on
+Python: ``python -m nucseg.bundle.wheels WHEELS SITE``, after which SITE goes on PYTHONPATH and SITE/share/jupyter on
 JUPYTER_PATH.
 """
 

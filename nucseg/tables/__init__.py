@@ -1,0 +1,39 @@
+"""Tables I to VI from results.csv alone, and what else a reader sees of it.
+
+`table` makes one table, `notes` and `formats` its footnotes and files; `side_by_side` is Table IV of all datasets,
+`forest` every comparison in one frame, `report` all of a profile's tables and figures, `summary` the README's table.
+"""
+
+from nucseg.tables.table import (
+    DATASET_NAMES,
+    NO_MODEL,
+    NOT_IN_PROFILE,
+    NOT_YET,
+    Measured,
+    Table,
+    make_table,
+    make_tables,
+    measure,
+    named,
+    one_profile,
+    paired,
+    why_not_compared,
+    write_table,
+)
+
+__all__ = [
+    "DATASET_NAMES",
+    "NOT_IN_PROFILE",
+    "NOT_YET",
+    "NO_MODEL",
+    "Measured",
+    "Table",
+    "make_table",
+    "make_tables",
+    "measure",
+    "named",
+    "one_profile",
+    "paired",
+    "why_not_compared",
+    "write_table",
+]
