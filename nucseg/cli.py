@@ -83,6 +83,7 @@ def run(
         float, typer.Option(min=0, help="Begin nothing after so many minutes; the next start goes on. 0: no limit.")
     ] = 0.0,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed experiments once more.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure those with results anew, on this machine.")] = False,
     device: DeviceOption = "",
     backend: Annotated[str, typer.Option(help="loky: processes here; ray or dask: a running cluster.")] = "loky",
     address: Annotated[str, typer.Option(help="Of the cluster: HOST:6379 or auto (ray), tcp://HOST:8786 (dask).")] = "",
@@ -97,7 +98,7 @@ def run(
     if dry_run:
         typer.echo(plan.describe())
         return
-    failed = plan.run(jobs, minutes, retry, backend, address)
+    failed = plan.run(jobs, minutes, retry, backend, address, again)
     typer.echo(plan.describe())
     if failed:
         raise typer.Exit(1)

@@ -61,6 +61,19 @@ def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(pla
     assert len(tried) == 2 * count
 
 
+def test_results_that_came_from_elsewhere_are_measured_anew_on_request(no_op):
+    plan = no_op(2)
+    plan.run()
+    measured = plan.results_file.read_bytes()
+    elsewhere = read_results(plan.results_file)
+    elsewhere["aji"] = 0.123
+    elsewhere.to_csv(plan.results_file, index=False)
+    plan.run()
+    assert (read_results(plan.results_file)["aji"] == 0.123).all()
+    plan.run(again=True)
+    assert plan.results_file.read_bytes() == measured
+
+
 def test_a_plan_names_rows_whose_model_does_not_exist_yet(place, monkeypatch):
     monkeypatch.setattr("nucseg.runs.plan.REGISTRY", {"hovernet": None})
     plan = Plan(TINY, device="cpu")

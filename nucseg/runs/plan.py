@@ -91,7 +91,13 @@ class Plan:
         return {e: state(e) for e in self.experiments}
 
     def run(
-        self, jobs: int = 0, minutes: float = 0.0, retry: bool = False, backend: str = "loky", address: str = ""
+        self,
+        jobs: int = 0,
+        minutes: float = 0.0,
+        retry: bool = False,
+        backend: str = "loky",
+        address: str = "",
+        again: bool = False,
     ) -> list[Experiment]:
         """Run what is missing, and return the experiments that failed.
 
@@ -107,6 +113,9 @@ class Plan:
         backend, address
             As for `nucseg.runs.backends.run_all`. The workers of a cluster need the same packages, data and results
             folder.
+        again
+            Measure those with results anew, in place of what older code or another machine measured. Stages that this
+            folder of results holds are not repeated.
 
         Raises
         ------
@@ -115,7 +124,7 @@ class Plan:
         """
         backends.check(backend, address, jobs)
         stop = time.time() + 60 * minutes if minutes else math.inf
-        wanted = {"missing", "failed"} if retry else {"missing"}
+        wanted = {"missing", *["failed"] * retry, *["done"] * again}
         todo = [e for e, state in self.states().items() if state in wanted]
         started = time.time()
         if backend == "loky" and jobs <= 1:
