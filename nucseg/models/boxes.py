@@ -22,6 +22,9 @@ from torch import Tensor
 from nucseg.labels import IGNORE
 
 
+_SMOOTH_L1_BETA = 1 / 9  # torchvision's
+
+
 class Targets(NamedTuple):
     """The true nuclei of a batch, padded to the largest count of the batch (at least 1)."""
 
@@ -191,6 +194,14 @@ def decode(offsets: Float[Tensor, "*n 4"], anchors: Float[Tensor, "*n 4"], weigh
     centre = centre + offsets[..., :2] / weights[0] * side
     half = side * torch.exp((offsets[..., 2:] / weights[1]).clamp(max=4.135)) / 2
     return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def box_loss(offsets: Tensor, truth: Tensor, anchors: Tensor, positive: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Sum of torchvision's smooth L1 over the positive boxes; (n, 4) each but `positive`, (n,) bool."""
+    # A place that is not used may hold a box without area, whose offsets are no numbers.
+    wanted = torch.where(positive[:, None], encode(truth, anchors, weights), 0.0)
+    loss = F.smooth_l1_loss(offsets.float(), wanted, beta=_SMOOTH_L1_BETA, reduction="none")
+    return (loss * positive[:, None]).sum()
 
 
 def pairwise_iou(a: Float[Tensor, "b n 4"], b: Float[Tensor, "b m 4"]) -> Float[Tensor, "b n m"]:

@@ -32,8 +32,8 @@ from nucseg.models.base import Instances, Segmenter, origin
 from nucseg.models.boxes import (
     Targets,
     batched_nms,
+    box_loss,
     decode,
-    encode,
     known_cells,
     make_anchors,
     mask_targets,
@@ -46,7 +46,6 @@ from nucseg.models.boxes import (
 from nucseg.models.painting import nms_across, paint, spans
 
 RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0), (10.0, 5.0)  # torchvision's scaling of box offsets: (centre, log side)
-SMOOTH_L1_BETA = 1 / 9  # torchvision's
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class MaskRCNN(Segmenter):
         score, box_offsets = self.box_head(self._pool(roi_map, image, rois, config.box_pool))
         score_loss = F.binary_cross_entropy_with_logits(score.float(), positive, weight=drawn, reduction="sum")
         losses["score"] = score_loss / count
-        losses["box"] = _box_loss(box_offsets, scaled.boxes[image, place], rois, positive > 0, BOX_WEIGHTS) / count
+        losses["box"] = box_loss(box_offsets, scaled.boxes[image, place], rois, positive > 0, BOX_WEIGHTS) / count
 
         # Positives come first and in random order, so the first places are a fair draw of them.
         first = positive_slots[:, : min(config.mask_samples, round(config.roi_samples * config.roi_fraction))]
@@ -258,7 +257,7 @@ class MaskRCNN(Segmenter):
         image, slot = places(positive)
         which = index[image, slot]
         truth = targets.boxes[image, matches.place[image, which]]
-        box = _box_loss(offsets[image, which], truth, anchors[which], positive[image, slot], RPN_WEIGHTS)
+        box = box_loss(offsets[image, which], truth, anchors[which], positive[image, slot], RPN_WEIGHTS)
         return {"rpn_score": (score * drawn).sum() / count, "rpn_box": box / count}
 
     @torch.no_grad()
@@ -342,16 +341,6 @@ class MaskRCNN(Segmenter):
         boxes, scores = boxes[keep], scores[keep]
         masks = self.mask_head(self._pool(roi_map, first[: len(boxes)], boxes, config.mask_pool)).float().sigmoid()
         return boxes / config.scale, scores, masks
-
-
-def _box_loss(
-    offsets: Tensor, truth: Tensor, anchors: Tensor, positive: Tensor, weights: tuple[float, float]
-) -> Tensor:
-    """Sum of torchvision's smooth L1 over the positive boxes; (n, 4) each but `positive`, (n,) bool."""
-    # A place that is not used may hold a box without area, whose offsets are no numbers.
-    wanted = torch.where(positive[:, None], encode(truth, anchors, weights), 0.0)
-    loss = F.smooth_l1_loss(offsets.float(), wanted, beta=SMOOTH_L1_BETA, reduction="none")
-    return (loss * positive[:, None]).sum()
 
 
 class _ProposalHead(nn.Module):
