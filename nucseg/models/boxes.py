@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nucseg.labels import IGNORE
 
-
 _SMOOTH_L1_BETA = 1 / 9  # torchvision's
 
 
