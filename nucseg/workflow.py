@@ -160,7 +160,7 @@ def train_folder(
         raise WorkflowError(f"{dataset}: no image has a label map; outline some and run 'nucseg import-annotations'")
     torch.manual_seed(seed)
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
-    model = models.build(segmenter, encoder, config, profile.weights.get(encoder))
+    model = models.build(segmenter, encoder, config, profile.weights.get(models.encoder_of(segmenter, encoder)))
     schedule = profile.training_of(segmenter)
     with task(f"training {segmenter} on {len(pairs)} images", schedule.iterations) as progress:
         result = train(

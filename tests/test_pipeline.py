@@ -70,7 +70,7 @@ def test_a_second_run_repeats_nothing(pipeline, ours, rows, dataset, monkeypatch
         raise AssertionError("trained again")
 
     for name in ("train", "pseudo_pairs", "synthesize_with_report", "select", "extract"):
-        monkeypatch.setattr(f"nucseg.pipeline.{name}", no_training)
+        monkeypatch.setattr(f"nucseg.stages.{name}", no_training)
     again = Pipeline(PROFILE, dataset, device="cpu", results=pipeline.store.root)
     assert again.run(ours).equals(rows)
 
@@ -148,7 +148,7 @@ def test_a_mean_teacher_goes_on_from_the_round_before_without_pseudo_labels(pipe
         raise AssertionError("labelled crops")
 
     taught = with_pseudo(pipeline, dataset, method="mean-teacher")
-    monkeypatch.setattr("nucseg.pipeline.pseudo_pairs", no_labels)
+    monkeypatch.setattr("nucseg.stages.pseudo_pairs", no_labels)
     frame = taught.run(ours)
     assert set(frame["round"]) <= {0, 1}
     assert taught.trained(ours).key == pipeline.trained(ours).key  # the round before is shared
@@ -190,7 +190,7 @@ def test_hovernet_gets_the_weights_of_its_own_encoder(pipeline, ours, dataset, m
     files = {"efficientnet_lite0": "lite0.pth", "preact-resnet50": "preact.pth"}
     run = Pipeline(replace(PROFILE, weights=files), dataset, device="cpu", results=pipeline.store.root)
     given = []
-    monkeypatch.setattr("nucseg.pipeline.models.build", lambda name, encoder, config, weights, _: given.append(weights))
+    monkeypatch.setattr("nucseg.stages.models.build", lambda name, encoder, config, weights, _: given.append(weights))
     for segmenter in ("hovernet", "hoverlite", "maskrcnn"):
         run.build(replace(ours, segmenter=segmenter))
     assert given == ["preact.pth", "lite0.pth", "lite0.pth"]
