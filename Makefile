@@ -2,7 +2,7 @@
 # make test        the whole test suite, the five notebooks included
 # make readme      the README's table of what was run, from tables/*/results.csv
 # make lint        ruff over modules, tests and notebooks
-# Both first make their own virtual environment in .venv and install nucseg there.
+# Each first makes its own virtual environment in .venv and installs nucseg there.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -19,20 +19,25 @@ $(VENV)/installed: pyproject.toml
 	  echo "This Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Installing nucseg and its dependencies into $(VENV) (some minutes, once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,slides]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[slides]'
+	@touch $@
+
+$(VENV)/tests-installed: $(VENV)/installed
+	@echo "Installing what only the tests need ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
 reproduce: $(VENV)/installed
 	@$(BIN)/nucseg reproduce --profile sample
 
-test: $(VENV)/installed
+test: $(VENV)/tests-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 -W default notebooks
 
 readme: $(VENV)/installed
 	$(BIN)/python -m nucseg.tables.summary README.md
 
-lint: $(VENV)/installed
+lint: $(VENV)/tests-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
