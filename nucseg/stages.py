@@ -9,6 +9,7 @@ result: the rows of Table I differ from the selection on, those of Table II from
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nucseg import gan, metrics, models
+from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
 from nucseg.encoders import Encoder, weights_version
 from nucseg.experiments import Experiment

@@ -74,6 +74,20 @@ def test_results_that_came_from_elsewhere_are_measured_anew_on_request(no_op):
     assert plan.results_file.read_bytes() == measured
 
 
+def test_a_rerun_that_fails_says_so_and_leaves_the_older_results(no_op, monkeypatch):
+    plan = no_op(1)
+    plan.run()
+    measured = plan.results_file.read_bytes()
+
+    def broken(self, experiment):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("nucseg.pipeline.Pipeline.run", broken)
+    assert plan.run(again=True) == list(plan.experiments)
+    assert plan.results_file.read_bytes() == measured
+    assert "why it failed" in plan.describe()
+
+
 def test_a_plan_names_rows_whose_model_does_not_exist_yet(place, monkeypatch):
     monkeypatch.setattr("nucseg.runs.plan.REGISTRY", {"hovernet": None})
     plan = Plan(TINY, device="cpu")

@@ -96,7 +96,11 @@ class _Gradient(Function):
 
 
 def norm_relu(
-    x: Float[Tensor, "b c h w"], weight: Float[Tensor, c], bias: Float[Tensor, c], slope: float = 0.2, eps: float = 1e-5
+    x: Float[Tensor, "b c h w"],
+    weight: Float[Tensor, c],
+    bias: Float[Tensor, c],
+    slope: float = 0.2,
+    eps: float = 1e-5,
 ) -> Float[Tensor, "b c h w"]:
     """Normalise by the batch's own statistics, scale and shift by channel, and apply LeakyReLU.
 

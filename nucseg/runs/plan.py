@@ -137,7 +137,12 @@ class Plan:
                 cuda = self.pipeline.device.type == "cuda"
                 work, look = partial(work_on, ticket), partial(probe, ticket)
                 backends.run_all(work, todo, jobs, backend, address, look, cuda)
-        return [e for e, state in self.states().items() if state == "failed"]
+        return [e for e, state in self.states().items() if state == "failed" or self._failed_since(e, started)]
+
+    def _failed_since(self, experiment: Experiment, started: float) -> bool:
+        """Say whether an experiment failed in this run, also where older results of it stand."""
+        failure = failure_file(self.pipeline, experiment)
+        return failure.is_file() and failure.stat().st_mtime >= started - 1  # file systems round times
 
     @contextmanager
     def _ticket(self, stop: float, started: float) -> Iterator[Ticket]:
@@ -247,9 +252,7 @@ class Plan:
         lines.append(f"{summary}; {spent:.1f} minutes spent in this profile")
         if set(states.values()) - {"done"}:
             lines.append(str(self.estimate()))
-        lines += [
-            f"  why it failed: {failure_file(self.pipeline, e)}" for e, state in states.items() if state == "failed"
-        ]
+        lines += [f"  why it failed: {path}" for e in states if (path := failure_file(self.pipeline, e)).is_file()]
         return "\n".join(lines)
 
 
