@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from small import small_data, small_profile
 
+from nucseg.inference import run_ahead
 from nucseg.results import read_runs
 from nucseg.runs.backends import BackendError, check, run_all
 from nucseg.runs.plan import Plan, backends
@@ -38,6 +39,18 @@ def sequential(small, tmp_path_factory):
 
 def test_two_processes_give_the_results_of_one(small, sequential, tmp_path):
     assert run(small, tmp_path, jobs=2) == sequential
+
+
+def test_processes_that_finish_predictions_do_not_get_in_the_way(tmp_path):
+    ahead = run_ahead([partial(int, "1"), partial(int, "2")], workers=2)
+    assert list(ahead) == [1, 2]
+    run_all(partial(_write, str(tmp_path)), ["a", "b"], jobs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert list(run_ahead([partial(int, "3")], workers=2)) == [3]
+
+
+def _write(folder, name):
+    (Path(folder) / name).write_text(name)
 
 
 # Sockets and processes that dask closes late are its own affair.

@@ -97,6 +97,11 @@ def run_all(
 
 @contextlib.contextmanager
 def _loky(address: str, jobs: int, probe: Callable[[], str] | None, cuda: bool) -> Iterator[dict[str, Any]]:
+    from joblib.externals.loky import get_reusable_executor
+
+    # Processes that finished predictions (`nucseg.inference.run_ahead`) may still be there, and joblib would take them
+    # for its own, which they are not.
+    get_reusable_executor().shutdown()
     yield {"backend": "loky", "n_jobs": jobs or 1}
 
 
