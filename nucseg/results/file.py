@@ -52,7 +52,8 @@ def add_results(frame: pd.DataFrame, runs: pd.DataFrame) -> None:
         path = folder / "runs.csv"
         known, new_runs = _known(path, RUN_COLUMNS, read_runs), _lines(runs[list(RUN_COLUMNS)])
         replaced = {line[0] for line in new_runs}
-        _write(path, RUN_COLUMNS, [line for line in known if line[0] not in replaced] + new_runs)
+        all_runs = [line for line in known if line[0] not in replaced] + new_runs
+        _write(path, RUN_COLUMNS, sorted(all_runs, key=lambda line: (line[1], line[0])))  # as they were started
 
         path = folder / "results.csv"
         known = _put_aside(_known(path, RESULT_COLUMNS, read_results), new, path)
