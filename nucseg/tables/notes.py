@@ -35,8 +35,7 @@ SLIPS = {
         "AJI-u in rows c to f. Ours is the mean over images throughout.",
     ),
     "IV": (
-        "The printed rows MDC_NET and DPMSFF are quoted from other papers. No code of MDC-Net was found: ours is our "
-        "reading of it; DPMSFF is taken as PFFNet without attention fusion, consistency loss and mask-quality head.",
+        "The printed rows MDC_NET and DPMSFF are quoted from other papers; of MDC-Net no code was found.",
         "The printed Kumar AJI of Hover-net is not the mean of its organs in Table V, and it equals the value that "
         "PFFNet published for itself.",
         "The paper gives MoNuSeg's annotated share as 17 % and as 7 %; 18 patches are 3.9 % of its pixels.",
