@@ -38,7 +38,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) 
 
 SELECTION_CODE = ("nucseg.selection", "nucseg.encoders")
 MODEL_CODE = (
-    *("nucseg.models", "nucseg.training", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
+    *("nucseg.models", "nucseg.training", "nucseg.schedule", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
     *("nucseg.inference", "nucseg.encoders"),
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from nucseg.augment import AugmentConfig, augment
 from nucseg.crops import CropPool
 from nucseg.models.base import Segmenter
-
-if TYPE_CHECKING:
-    from nucseg.training import TrainingConfig
+from nucseg.schedule import TrainingConfig
 
 # (student, teacher, generator, share of the training done as a tensor) to loss terms on images without labels
 Unlabelled = Callable[[Segmenter, Segmenter, torch.Generator, Tensor], dict[str, Tensor]]

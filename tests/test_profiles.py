@@ -9,7 +9,7 @@ from nucseg.experiments import TABLES, grid
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
-PROFILES = ["h100", "h100-hoverlite", "paper", "sample"]
+PROFILES = ["h100", "h100-hoverlite", "paper", "sample", "sample-seeds"]
 
 
 def test_the_profiles_load_and_name_themselves():

@@ -97,8 +97,8 @@ class _Gradient(Function):
 
 def norm_relu(
     x: Float[Tensor, "b c h w"],
-    weight: Float[Tensor, c],
-    bias: Float[Tensor, c],
+    weight: Float[Tensor, " c"],
+    bias: Float[Tensor, " c"],
     slope: float = 0.2,
     eps: float = 1e-5,
 ) -> Float[Tensor, "b c h w"]:

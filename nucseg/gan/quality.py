@@ -179,7 +179,7 @@ def nearest_crop_distance(
     count: int = 100,
     stride: int = 1,
     seed: int = 0,
-) -> Float[np.ndarray, count]:
+) -> Float[np.ndarray, " count"]:
     """RMSE (grey levels) between random crops of `images` and the nearest crop of `source`, every position tried."""
     rng = np.random.default_rng(seed)
 
