@@ -23,6 +23,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
 
 
+def check_name(what: str, name: str, valid: Iterable[str]) -> None:
+    """Raise a ValueError that names the nearest valid name, unless `name` is one of them."""
+    valid = list(valid)
+    if name not in valid:
+        raise ValueError(f"{what}: unknown name {name!r}; {nearest(str(name), valid)}")
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build a frozen dataclass from a mapping, recursively.
 

@@ -20,9 +20,10 @@ import torch
 from nucseg import figures, gan
 from nucseg.augment import augment
 from nucseg.encoders import Encoder
-from nucseg.experiments import Experiment, experiments_of, row, rows
+from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.synthesis import figure_systems
 from nucseg.gan.quality import assess, colour_contrast
+from nucseg.paper import row, rows
 from nucseg.patches import Patch
 from nucseg.pipeline import Pair, Pipeline
 from nucseg.progress import task

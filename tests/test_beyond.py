@@ -22,7 +22,8 @@ from nucseg.beyond import (
 )
 from nucseg.config import to_plain
 from nucseg.data import load_dataset
-from nucseg.experiments import TABLES, GridSettings, grid
+from nucseg.experiments import GridSettings, grid
+from nucseg.paper import TABLES
 from nucseg.results import RESULT_COLUMNS, ResultsError
 from nucseg.selection import STRATEGIES
 from nucseg.tables import write_table

@@ -5,7 +5,8 @@ import yaml
 
 from nucseg.config import ConfigError
 from nucseg.encoders import EncoderError
-from nucseg.experiments import TABLES, grid
+from nucseg.experiments import grid
+from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 

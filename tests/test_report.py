@@ -9,7 +9,7 @@ from PIL import Image
 from test_beyond import lines_of
 
 from nucseg.beyond import experiments
-from nucseg.experiments import TABLES, rows
+from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
 from nucseg.results import read_results
 from nucseg.stats import paired_tests

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from nucseg.experiments import TABLES, GridSettings, experiments_of, grid, rows
+from nucseg.experiments import GridSettings, experiments_of, grid
+from nucseg.paper import TABLES, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
 from nucseg.stats import holm, paired_tests
 from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, write_table

@@ -17,8 +17,9 @@ import yaml
 from nucseg import gan, models
 from nucseg.augment import AugmentConfig
 from nucseg.config import ConfigError, from_mapping, nearest
-from nucseg.experiments import Experiment, GridSettings, experiments_of, row
+from nucseg.experiments import Experiment, GridSettings, experiments_of
 from nucseg.masks import MaskConfig
+from nucseg.paper import row
 from nucseg.pseudo import PseudoConfig
 from nucseg.selection import SelectionConfig
 from nucseg.training import TrainingConfig

@@ -23,9 +23,10 @@ import torch
 
 from nucseg import beyond, metrics
 from nucseg.data import data_root
-from nucseg.experiments import FIGURE_7, TABLES, Experiment, experiments_of, row
+from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.segmentation import Row
 from nucseg.models import REGISTRY
+from nucseg.paper import FIGURE_7, TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs

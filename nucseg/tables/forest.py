@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from nucseg import beyond
-from nucseg.experiments import TABLES, GridSettings, rows
+from nucseg.experiments import GridSettings
+from nucseg.paper import TABLES, rows
 from nucseg.results import check_results
 from nucseg.stats import paired_tests
 from nucseg.tables import Measured, measure, one_profile, paired, why_not_compared

@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from nucseg.data.tissue import SYNTHETIC_NOTE
-from nucseg.experiments import printed, rows
+from nucseg.paper import printed, rows
 
 TITLES = {
     "I": "Which patches to annotate: selection strategies, each followed by CSinGAN",

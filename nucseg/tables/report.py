@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from nucseg import beyond
 from nucseg.data.tissue import SYNTHETIC_NOTE
-from nucseg.experiments import SEGMENTERS, TABLES, GridSettings
+from nucseg.experiments import SEGMENTERS, GridSettings
 from nucseg.figures import comparison, style
 from nucseg.models import REGISTRY  # which segmenters exist; their code is not loaded
+from nucseg.paper import TABLES
 from nucseg.profiles import Profile
 from nucseg.results import EXPERIMENT, read_results, read_runs
 from nucseg.store import published

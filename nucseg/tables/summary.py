@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg.experiments import TABLES, rows
+from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
 from nucseg.profiles import names as profile_names
 from nucseg.results import read_results, read_runs

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg.experiments import TABLES, Experiment, GridSettings, Row, experiments_of, rows
+from nucseg.experiments import Experiment, GridSettings, experiments_of
+from nucseg.paper import TABLES, Row, rows
 from nucseg.results import (
     COUNTED,
     EXPERIMENT,
