@@ -79,6 +79,7 @@ class Pipeline(Stages):
             trained = own[0].meta
             config = {
                 "experiment": to_plain(experiment),
+                **self._upstream_settings(experiment),
                 "model": trained["config"],
                 "pairs": trained["pairs"],
                 "initialised_from": trained["initialised_from"],
@@ -97,6 +98,17 @@ class Pipeline(Stages):
                 }
             )
         return pd.DataFrame(lines)
+
+    def settings(self, experiment: Experiment) -> dict:
+        """Return what the profile says of an experiment's stages, arranged as in a line of ``runs.csv``."""
+        return {**self._upstream_settings(experiment), "model": to_plain(self.model_settings(experiment))}
+
+    def _upstream_settings(self, experiment: Experiment) -> dict:
+        painter = experiment.augmentation
+        return {
+            "selection": to_plain(self.profile.selection) if experiment.supervision == "patches" else None,
+            "synthesis": {painter: to_plain(self.profile.synthesiser(painter))} if painter in gan.REGISTRY else None,
+        }
 
     def signature(self) -> str:
         """Return the line under every figure: profile, dataset, and that a tissue is synthetic."""

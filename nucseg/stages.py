@@ -312,17 +312,20 @@ class Stages:
             inputs.append(self.trained(experiment, after - 1).key)
         elif after:
             inputs.append(self.pseudo_labelled(experiment, after).key)
-        what = {
-            "segmenter": (name, self.profile.segmenter(name), self.profile.segmenter_encoder),
-            "training": (training, augment, self.profile.mix),
-            "seed": experiment.seed,
-            "device": self.device.type,
-        }
+        what = self.model_settings(experiment) | {"seed": experiment.seed, "device": self.device.type}
         start, weights = self._start_of(name)
         if weights is not None or start == self.profile.segmenter_encoder:
             what["weights"] = weights_version(start, weights)
         what |= {"teacher": pseudo.teacher, "round": after} if taught else {}
         return self.store.get("model", what, make, inputs, (*MODEL_CODE, *["nucseg.mean_teacher"] * taught))
+
+    def model_settings(self, experiment: Experiment) -> dict:
+        """Return what the profile says of an experiment's segmenter and of its training."""
+        name, augment = experiment.segmenter, None if experiment.augmentation == "none" else self.profile.augment
+        return {
+            "segmenter": (name, self.profile.segmenter(name), self.profile.segmenter_encoder),
+            "training": (self.profile.training_of(name), augment, self.profile.mix),
+        }
 
     def _pairs(self, experiment: Experiment, after: int) -> dict[str, list[Pair]]:
         """Return the training pairs by kind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import stat
 import zipfile
 
@@ -107,6 +108,19 @@ def test_other_numbers_for_one_experiment_are_named_and_taken_only_on_request(tm
     found = read_results(home / "tables" / "tiny" / "results.csv").set_index(["seed", "image_id"])["aji"]
     assert found[2].to_dict() == {"00": 0.5, "01": 0.75}
     assert found[1].to_dict() == found[3].to_dict() == {"00": 0.5, "01": 0.25}
+
+
+def test_results_of_other_schedules_are_added_with_a_word(tmp_path):
+    for name, seed, iterations in (("a", 1, 200), ("b", 2, 400), ("c", 3, 400)):
+        folder = folder_of(tmp_path / name, made_up(seed))
+        model = {"segmenter": ["hoverlite", {}, "lite0"], "training": [{"iterations": iterations}, None, {}]}
+        runs = read_runs(folder / "runs.csv").assign(config=json.dumps({"model": model}))
+        runs.to_csv(folder / "runs.csv", index=False)
+        [added] = add([folder])
+        assert ("iterations" in added.describe()) == (name != "a")
+    assert added.other_settings == ("hoverlite.training.iterations 200 in 1 run(s), 400 in 2 run(s)",)
+    [added] = add([folder])
+    assert not added.other_settings, "nothing was added"
 
 
 def test_an_experiment_with_other_images_or_another_best_round_is_not_the_same(tmp_path):

@@ -31,10 +31,19 @@ def lines(run_id="r1"):
 
 def test_an_experiment_run_again_replaces_its_own_lines_only(place):
     add_results(frame(1, 0.5), lines())
-    add_results(frame(2, 0.6), lines("r2"))
-    add_results(frame(1, 0.7), lines("r3"))
+    add_results(frame(2, 0.6, run_id="r2"), lines("r2"))
+    add_results(frame(1, 0.7, run_id="r3"), lines("r3"))
     kept = read_results(place / "tables" / "tiny" / "results.csv")
     assert dict(zip(kept["seed"], kept["aji"], strict=True)) == {1: 0.7, 2: 0.6}
+    assert set(read_runs(place / "tables" / "tiny" / "runs.csv")["run_id"]) == {"r2", "r3"}
+
+
+def test_a_run_stays_known_while_one_line_comes_from_it(place):
+    both = pd.concat([frame(1), frame(1, run_id="r2", image_id="b")], ignore_index=True)
+    add_results(both, pd.concat([lines(), lines("r2")]))
+    add_results(frame(2, run_id="r1", dataset="kumar"), lines())
+    add_results(frame(1, run_id="r3"), lines("r3"))
+    assert set(read_runs(place / "tables" / "tiny" / "runs.csv")["run_id"]) == {"r1", "r3"}
 
 
 def test_results_on_other_data_are_put_aside_and_not_lost(place):
@@ -131,8 +140,8 @@ def test_a_run_killed_between_the_two_files_is_still_missing_in_results(place, m
 
 
 def test_runs_are_kept_once_each_in_the_order_of_their_coming(place):
-    for run_id in ("r2", "r1", "r2"):
-        add_results(frame(run_id=run_id), lines(run_id))
+    for seed, run_id in ((2, "r2"), (1, "r1"), (2, "r2")):
+        add_results(frame(seed, run_id=run_id), lines(run_id))
     runs = read_runs(place / "tables" / "tiny" / "runs.csv")
     assert list(runs["run_id"]) == ["r1", "r2"]
     assert tuple(runs.columns) == RUN_COLUMNS

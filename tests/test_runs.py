@@ -347,6 +347,16 @@ def test_what_is_to_go_is_counted_by_stages_that_experiments_share(small, place)
     assert "no estimate for hoverlite" in plan.describe()
 
 
+def test_results_of_other_settings_are_named_in_the_status(no_op, place):
+    plan = no_op(2)
+    plan.run()
+    assert "other settings" not in plan.describe()
+    profile = place / "noop.yaml"
+    profile.write_text(profile.read_text().replace("iterations: 3", "iterations: 4"))
+    changed = Plan(profile, str(place / "tiny"), device="cpu").describe()
+    assert "2 done with other settings (hoverlite.training.iterations 3, now 4): --again measures them anew" in changed
+
+
 def test_measured_runs_give_an_estimate(no_op, monkeypatch):
     plan = no_op(3)
     plan.run()

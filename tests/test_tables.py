@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 
@@ -288,9 +289,15 @@ def test_table_6_computes_label_shares_and_shows_the_k_that_were_run(tissue):
     assert line(made, "VI.k2-8")["ours K2"] == 8
 
 
+def trained_for(iterations):
+    model = {"segmenter": ["maskrcnn", {}, "lite0"], "training": [{"iterations": iterations}, None, {}]}
+    return json.dumps({"model": model})
+
+
 def test_notes_say_what_was_run_on_what(results, tissue):
     runs = pd.DataFrame(
         {"run_id": ["00000001abcd", "00000002abcd", "elsewhere"], "seconds": [90.0, 60.0, 9e9], "device": "1 GPU"}
+        | {"config": [trained_for(200), trained_for(200), trained_for(1)]}
     )
     notes = " ".join(make_table("II", results, "kumar", SETTINGS, runs=runs).notes)
     assert "Profile sample; dataset kumar, data version f00d; 6 test images with 600 nuclei; encoder lite0" in notes
@@ -298,6 +305,10 @@ def test_notes_say_what_was_run_on_what(results, tissue):
     assert "Time of 2 runs: 2.5 minutes on 1 GPU." in notes
     assert "2.38e-28, would need |t| = 427" in notes
     assert "SYNTHETIC" not in notes
+    assert "SETTINGS" not in notes
+    runs["config"] = [trained_for(200), trained_for(400), "{}"]
+    notes = " ".join(make_table("II", results, "kumar", SETTINGS, runs=runs).notes)
+    assert "NOT ALL WITH THE SAME SETTINGS: maskrcnn.training.iterations 200 in 1 run(s), 400 in 1 run(s)." in notes
     assert make_table("II", tissue, "tissue", SETTINGS).notes[0].startswith("SYNTHETIC DATA.")
 
 

@@ -34,6 +34,7 @@ from nucseg.results import (
 )
 from nucseg.results.file import add_results
 from nucseg.results.pack import EXPERIMENT, MB, slug, write_bytes
+from nucseg.results.settings import differences
 from nucseg.store import home, published
 
 LARGEST = 200 * MB  # unpacked; more than any file of ours, less than what would fill a disk
@@ -47,19 +48,26 @@ _MEMBER = re.compile(
 
 @dataclass(frozen=True)
 class Added:
-    """What one file brought to one profile, in experiments: new ones, equal ones (skipped), replaced ones."""
+    """What one file brought to one profile, in experiments: new ones, equal ones (skipped), replaced ones.
+
+    Settings of which the profile's results now hold several values are in `other_settings`.
+    """
 
     source: Path
     profile: str
     new: int = 0
     equal: int = 0
     replaced: int = 0
+    other_settings: tuple[str, ...] = ()
     received: Path | None = None
 
     def describe(self) -> str:
         """Return one line for the reader."""
         counts = f"{self.new} new, {self.equal} equal ones skipped, {self.replaced} replaced"
-        return f"{self.source}: {self.profile}: {counts}" + (f"; pictures: {self.received}" if self.received else "")
+        text = f"{self.source}: {self.profile}: {counts}" + (f"; pictures: {self.received}" if self.received else "")
+        return "\n".join(
+            [text, *[f"  not with the settings of the results here: {line}" for line in self.other_settings]]
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +115,12 @@ def add(paths: Sequence[str | Path], replace_other: bool = False) -> list[Added]
         if len(new):
             add_results(new, package.runs[package.runs["run_id"].isin(set(new["run_id"]))])
     return [
-        replace(added, received=_keep(package) if package.more else None)
-        for package, added in zip(packages, report, strict=True)
+        replace(
+            added,
+            other_settings=tuple(differences(_configs(package.profile))) if len(new) else (),
+            received=_keep(package) if package.more else None,
+        )
+        for package, new, added in zip(packages, taken, report, strict=True)
     ]
 
 
@@ -273,6 +285,10 @@ def _difference(old: pd.DataFrame, new: pd.DataFrame) -> str | None:
 
 def _name(key: tuple) -> str:
     return ", ".join(f"{name}={value}" for name, value in zip(EXPERIMENT, key, strict=True) if name != "profile")
+
+
+def _configs(profile: str) -> list[str]:
+    return list(read_runs(published("tables", profile) / "runs.csv")["config"])
 
 
 def _keep(package: Incoming) -> Path:

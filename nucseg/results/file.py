@@ -32,7 +32,7 @@ from nucseg.store import locked, published, write_text
 _COUNTS = ("k1", "k2", "rounds", "seed", "round", "best", "seen", "n_true", "n_pred")
 _SHARES = (*SCORES, "label_share")
 _IDENTITY = itemgetter(*(RESULT_COLUMNS.index(name) for name in ("profile", "encoder", *EXPERIMENT, "round")))
-_DATASET, _FINGERPRINT = (RESULT_COLUMNS.index(name) for name in ("dataset", "fingerprint"))
+_DATASET, _FINGERPRINT, _RUN = (RESULT_COLUMNS.index(name) for name in ("dataset", "fingerprint", "run_id"))
 
 Line = list[str]
 
@@ -40,8 +40,8 @@ Line = list[str]
 def add_results(frame: pd.DataFrame, runs: pd.DataFrame) -> None:
     """Add an experiment's rows to its profile's results.csv and runs.csv, in place of its older ones.
 
-    Results of another version of the same dataset move to a file of their own, with a warning: they cannot stand in
-    one table with the new ones.
+    A run that no line of results.csv comes from any more leaves runs.csv. Results of another version of the same
+    dataset move to a file of their own, with a warning: they cannot stand in one table with the new ones.
     """
     folder = published("tables", frame["profile"].iloc[0])
     new = _lines(_checked(frame))
@@ -56,8 +56,13 @@ def add_results(frame: pd.DataFrame, runs: pd.DataFrame) -> None:
         _write(path, RUN_COLUMNS, sorted(all_runs, key=lambda line: (line[1], line[0])))  # as they were started
 
         path = folder / "results.csv"
-        known = _put_aside(_known(path, RESULT_COLUMNS, read_results), new, path)
-        _write(path, RESULT_COLUMNS, _replaced(known, new))
+        before = _put_aside(_known(path, RESULT_COLUMNS, read_results), new, path)
+        after = _replaced(before, new)
+        _write(path, RESULT_COLUMNS, after)
+
+        if gone := {line[_RUN] for line in before} - {line[_RUN] for line in after}:
+            path = folder / "runs.csv"
+            _write(path, RUN_COLUMNS, [line for line in _known(path, RUN_COLUMNS, read_runs) if line[0] not in gone])
 
 
 def _checked(frame: pd.DataFrame) -> pd.DataFrame:

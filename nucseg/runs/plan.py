@@ -12,13 +12,14 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from nucseg import beyond, metrics
@@ -30,6 +31,7 @@ from nucseg.paper import FIGURE_7, TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs
+from nucseg.results.settings import changed
 from nucseg.runs import backends
 from nucseg.runs.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
 from nucseg.runs.running import Ticket, failure_file, probe, run_one, running_file, work_on
@@ -248,13 +250,34 @@ class Plan:
         lines += [f"no model {e.selection:18} {e.segmenter}" for e in self.without_model]
         counts = ", ".join(f"{list(states.values()).count(name)} {name}" for name in STATES)
         runs_file = self.results_file.with_name("runs.csv")
-        spent = spent_minutes(read_runs(runs_file) if runs_file.is_file() else None)
+        runs = read_runs(runs_file) if runs_file.is_file() else None
+        spent = spent_minutes(runs)
         summary = f"{self.pipeline.profile.name}, {self.pipeline.dataset.name}: {counts}"
         lines.append(f"{summary}; {spent:.1f} minutes spent in this profile")
         if set(states.values()) - {"done"}:
             lines.append(str(self.estimate()))
+        lines += self._outdated(runs, states)
         lines += [f"  why it failed: {path}" for e in states if (path := failure_file(self.pipeline, e)).is_file()]
         return "\n".join(lines)
+
+    def _outdated(self, runs: pd.DataFrame | None, states: Mapping[Experiment, str]) -> list[str]:
+        """Say which results were made with other settings than the profile has now."""
+        made = {} if runs is None else {_experiment_in(config): config for config in runs["config"]}
+        other: dict[str, int] = {}
+        for experiment, state in states.items():
+            config = made.get(json.dumps(asdict(experiment), sort_keys=True), "")
+            found = changed(config, json.dumps(self.pipeline.settings(experiment))) if state == "done" else []
+            if found:
+                other[found[0]] = other.get(found[0], 0) + 1
+        return [
+            f"  {count} done with other settings ({first}): --again measures them anew"
+            for first, count in other.items()
+        ]
+
+
+def _experiment_in(config: str) -> str:
+    """Return the experiment that a cell ``config`` of runs.csv describes, as JSON."""
+    return json.dumps(json.loads(config).get("experiment"), sort_keys=True)
 
 
 def _who(text: str | None) -> str:

@@ -9,6 +9,7 @@ from scipy import stats
 
 from nucseg.data.tissue import SYNTHETIC_NOTE
 from nucseg.paper import printed, rows
+from nucseg.results.settings import differences
 
 TITLES = {
     "I": "Which patches to annotate: selection strategies, each followed by CSinGAN",
@@ -133,6 +134,8 @@ def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> 
         mine = runs[runs["run_id"].isin(set(used["run_id"]))].drop_duplicates("run_id")
         if len(mine):
             text += f" Time of {len(mine)} runs: {mine['seconds'].sum() / 60:.1f} minutes on {_all(mine['device'])}."
+        if other := differences(mine["config"]):
+            text += f" NOT ALL WITH THE SAME SETTINGS: {'; '.join(other)}."
     return text
 
 
