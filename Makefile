@@ -1,14 +1,16 @@
 # make reproduce   the whole paper in small, on the built-in tissue: some minutes on two CPU cores
 # make test        the whole test suite, the five notebooks included
 # make readme      the README's table of what was run, from tables/*/results.csv
+# make gpu         with a CUDA device, 8 minutes: the tests marked gpu, then rates beside their peers, into OUT=FOLDER
 # make lint        ruff over modules, tests and notebooks
 # Each first makes its own virtual environment in .venv and installs nucseg there.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+OUT    ?= gpu-rates
 
-.PHONY: reproduce test readme lint clean
+.PHONY: reproduce test readme gpu lint clean
 .DEFAULT_GOAL := reproduce
 
 $(VENV)/installed: pyproject.toml
@@ -36,6 +38,9 @@ test: $(VENV)/tests-installed
 
 readme: $(VENV)/installed
 	$(BIN)/python -m nucseg.tables.summary README.md
+
+gpu: $(VENV)/tests-installed
+	PYTHON=$(abspath $(BIN))/python bash tests/bench/gpu.sh $(abspath $(OUT))
 
 lint: $(VENV)/tests-installed
 	$(BIN)/ruff check .

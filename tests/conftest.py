@@ -1,4 +1,4 @@
-"""Shared fixtures: real images when they are at hand, and threads that two test processes can share."""
+"""Shared fixtures: real images when they are at hand, a GPU where there is one, threads for two test processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
@@ -13,6 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two co
 # Shapes in the annotations of tensor functions are enforced in tests, and in tests only.
 _TYPED = ("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models")
 _hook = install_import_hook(_TYPED, "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` on a machine without one; ``pytest -m gpu`` runs nothing else."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

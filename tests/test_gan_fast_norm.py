@@ -77,7 +77,7 @@ def test_the_module_starts_as_batch_norm_does():
     torch.testing.assert_close(NormReLU(4)(x), net(x))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_cuda_device_gives_the_same_derivatives(tensors):
     def second(device):
         here = tuple(t.detach().to(device).requires_grad_() for t in tensors)

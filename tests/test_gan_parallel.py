@@ -7,8 +7,6 @@ from nucseg.gan import build
 from nucseg.gan.csingan import CSinGANConfig
 from nucseg.gan.parallel import ParallelStep
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_step_runs_once_a_call(threads):
@@ -58,7 +56,7 @@ def discs(size):
     return (image + noise).to(torch.uint8).numpy(), labels.numpy()
 
 
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("crop", [None, 24])
 def test_a_recorded_graph_trains_as_eager_steps_do(crop):
     image, labels = discs(48)
@@ -74,7 +72,7 @@ def test_a_recorded_graph_trains_as_eager_steps_do(crop):
         torch.testing.assert_close(states[1][name], value, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@cuda
+@pytest.mark.gpu
 def test_steps_never_wait_for_the_device():
     image, labels = discs(48)
     config = CSinGANConfig(scales=1, channels=8, steps=6, masks_per_step=2, cuda_graph=False, check_every=1000)
@@ -88,7 +86,7 @@ def test_steps_never_wait_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@cuda
+@pytest.mark.gpu
 def test_the_same_seed_gives_the_same_images_on_cuda():
     image, labels = discs(48)
     masks = labels[None, None]

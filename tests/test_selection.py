@@ -235,7 +235,7 @@ def test_kmeans_with_fewer_different_rows_than_clusters_warns_nobody():
     assert len(set(labels)) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cps_on_a_gpu_chooses_what_it_chooses_on_a_cpu():
     x, parts = vectors(2000, d=64)
     host, gpu = (cps(x, parts, 9, 4, 42, device=device) for device in ("cpu", "cuda"))
@@ -244,7 +244,7 @@ def test_cps_on_a_gpu_chooses_what_it_chooses_on_a_cpu():
     np.testing.assert_allclose(host.terms, gpu.terms, rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 0.05), ("float16", 0.005), ("float32", 0.002)])
 def test_features_of_a_gpu_are_close_to_those_of_a_cpu(precision, limit, slides, tmp_path):
     torch.manual_seed(0)

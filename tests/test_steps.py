@@ -161,10 +161,7 @@ def test_a_graph_without_a_gpu_and_another_layout_change_nothing():
     assert curves[2] == pytest.approx(curves[0], rel=1e-3)
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 @pytest.mark.parametrize("taught", [False, True])
 def test_a_replayed_step_learns_what_an_eager_one_does(optimiser, taught):
@@ -182,7 +179,7 @@ def test_a_replayed_step_learns_what_an_eager_one_does(optimiser, taught):
     assert len(set(curves[True])) == 12  # the rate, the crops and the weights all move on
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_a_step_is_captured_after_its_warm_up_and_only_where_shapes_are_fixed():
     device = torch.device("cuda")
     for name, captured in (("hoverlite", True), ("maskrcnn", False)):
@@ -195,7 +192,7 @@ def test_a_step_is_captured_after_its_warm_up_and_only_where_shapes_are_fixed():
         assert step.captured == captured
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_a_replayed_training_goes_on_where_it_stopped(tmp_path):
     config = TrainingConfig(iterations=12, batch=4, crop=64, log_every=1, validate_every=6, ema=0.9, cuda_graph=True)
     states, models = [], [small("hoverlite").cuda(), small("hoverlite").cuda()]

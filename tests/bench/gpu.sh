@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# What only a GPU can say, in about eight minutes: the tests marked gpu, then the rates of GANs, segmenters, inference
+# and selection beside their peers. Each part is cut off at its share of the time, and what it had written stays.
+#
+#     bash tests/bench/gpu.sh FOLDER        (or: make gpu OUT=FOLDER)
+#
+# Needs no installation: PYTHON names the interpreter, PYTHONPATH what it lacks; NUCSEG_DATA the real images, if any.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:?name a folder for the results}
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+mkdir -p "$out"
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' || exit 1
+
+part() {  # NAME SECONDS COMMAND...: run it, keep what it prints, go on whatever happens
+  local name=$1 limit=$2 began=$SECONDS code=0
+  shift 2
+  timeout "$limit" "$@" > "$out/$name.txt" 2>&1 || code=$?
+  echo "$name: exit $code after $((SECONDS - began)) of $limit s"
+  tail -n 15 "$out/$name.txt" | sed 's/^/    /'
+}
+
+# Only the files that hold some: to collect all takes longer than to run these.
+mapfile -t files < <(grep -lF '@pytest.mark.gpu' tests/test_*.py)
+part tests 110 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${files[@]}"
+part gan 150 "$python" tests/bench/bench_gan.py --seconds 8 --out "$out/gan.json"
+part training 130 "$python" tests/bench/bench_training.py --out "$out/training.json"
+part inference 60 "$python" tests/bench/bench_inference.py --images 14
+if [ -n "${NUCSEG_DATA:-}" ]; then
+  part selection 60 "$python" tests/bench/bench_cps.py --random-weights --out "$out/selection.json"
+fi
