@@ -221,11 +221,15 @@ def predict_all(model: Segmenter, images: Sequence[np.ndarray], workers: int | N
     array
         Label map (H, W) int32.
     """
-    if workers is None:
-        config = getattr(model, "inference", None)
-        workers = config.processes(next(model.parameters()).device) if config else 0
+    workers = workers_for(model, len(images)) if workers is None else workers
     for found in run_ahead((model.begin(image) for image in images), workers if len(images) > 1 else 0):
         yield found.labels
+
+
+def workers_for(model: Segmenter, images: int) -> int:
+    """Return in how many processes a model's predictions for so many images are finished (`run_ahead`)."""
+    config = getattr(model, "inference", None)
+    return config.processes(next(model.parameters()).device) if config and images > 1 else 0
 
 
 def run_ahead(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
