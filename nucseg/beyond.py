@@ -21,8 +21,9 @@ from nucseg.data.tissue import SYNTHETIC_NOTE, splits
 from nucseg.experiments import Experiment, GridSettings, grid
 from nucseg.results import COUNTED, EXPERIMENT, ResultsError, check_results
 from nucseg.selection import STRATEGIES
-from nucseg.stats import RankTest, friedman_nemenyi, holm, paired_tests
+from nucseg.stats import RankTest, friedman_nemenyi, holm, paired_tests, seed_test
 from nucseg.tables import Table, one_profile
+from nucseg.tables.notes import OVER_SEEDS
 
 TABLE, BUDGET = "S", "B"
 REFERENCE = "random-crop"
@@ -134,6 +135,7 @@ def _frame(lines: pd.DataFrame, table: str, settings: GridSettings) -> pd.DataFr
     """Return one line per strategy and budget, compared with random crops of the same budget, image by image."""
     lines = lines.assign(nuclei=lines[COUNTED].astype(float))
     by_image = {arm: group.groupby("image_id")["aji"].mean() for arm, group in lines.groupby(_ARM)}
+    by_seed = {arm: group.groupby("seed")["aji"].mean() for arm, group in lines.groupby(_ARM)}
     rows = []
     for (name, k1), group in lines.groupby(_ARM):
         seeds = group.groupby("seed")[["aji", "aji_plus", "dice", "pq", "f1", "label_share", "nuclei"]].mean()
@@ -164,6 +166,8 @@ def _frame(lines: pd.DataFrame, table: str, settings: GridSettings) -> pd.DataFr
             tests = paired_tests(a.to_numpy(), b.to_numpy(), list(a.index), list(b.index))
             row |= {"mean difference": tests.mean_difference, "CI low": tests.ci_low, "CI high": tests.ci_high}
             row |= {"t p": tests.t_p, "Wilcoxon p": tests.wilcoxon_p}
+            over_seeds = seed_test(seeds["aji"], by_seed[REFERENCE, k1])
+            row |= dict(zip(("seeds CI low", "seeds CI high", "seeds p"), over_seeds[1:], strict=True))
         rows.append(row)
     frame = pd.DataFrame(rows)
     for column in ("t p", "Wilcoxon p"):
@@ -320,7 +324,7 @@ def _table(
         "augmentation, no synthesis and no pseudo labels. Not in the paper.",
         "Difference to random crops of the same K1, paired by test image, seeds averaged first; a row with fewer seeds "
         "than the others says less than its P suggests, because the choice of patches varies more between seeds than "
-        "images do.",
+        "images do." + (f" {OVER_SEEDS}" if frame.get("seeds p", pd.Series(dtype=float)).notna().any() else ""),
         *more,
     ]
     if dataset == "tissue":

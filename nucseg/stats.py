@@ -108,6 +108,59 @@ def effect_size(
     return float(difference.mean() / difference.std(ddof=1))
 
 
+class SeedTest(NamedTuple):
+    """The comparison of a with b over their seeds; the difference is a - b."""
+
+    mean_difference: float
+    ci_low: float
+    ci_high: float
+    t_p: float
+
+
+def seed_test(a: ArrayLike, b: ArrayLike, *, same: bool = False, level: float = 0.95) -> SeedTest:
+    """Compare two systems by the mean score of each of their seeds: would other seeds have given the same order?
+
+    `paired_tests` asks about other images for the systems as they are trained; this asks about other choices of patches
+    and other weights on the same images. With three or four seeds only large differences show.
+
+    Parameters
+    ----------
+    a, b
+        One mean score per seed, (n_a,) and (n_b,).
+    same
+        Whether a[i] and b[i] share their seed's choice of patches, which makes them pairs (paired t). Otherwise the
+        seeds of one have nothing to do with those of the other (Welch's t).
+    level
+        Coverage of the interval, in (0, 1).
+
+    Returns
+    -------
+    SeedTest
+        Interval and p are NaN where a system has fewer than two seeds, or nothing varies between seeds.
+
+    Raises
+    ------
+    ValueError
+        If a score is NaN or infinite, or pairs are asked for and the numbers of seeds differ.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    for name, scores in (("a", a), ("b", b)):
+        if scores.ndim != 1 or not scores.size:
+            raise ValueError(f"{name}: expected one score per seed, got shape {scores.shape}")
+        _check_finite(name, scores, None)
+    if same and a.size != b.size:
+        raise ValueError(f"a and b: {a.size} and {b.size} seeds cannot be pairs")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
+    difference = float(a.mean() - b.mean())
+    spread = np.ptp(a - b) if same else max(np.ptp(a), np.ptp(b))
+    if min(a.size, b.size) < 2 or spread < ROUNDING:
+        return SeedTest(difference, *[float("nan")] * 3)
+    test = stats.ttest_rel(a, b) if same else stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(level)
+    return SeedTest(difference, float(low), float(high), float(test.pvalue))
+
+
 class RankTest(NamedTuple):
     """Several systems on the same images, compared by their ranks (Demsar 2006).
 

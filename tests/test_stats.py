@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, special
 
-from nucseg.stats import effect_size, friedman_nemenyi, holm, paired_tests
+from nucseg.stats import effect_size, friedman_nemenyi, holm, paired_tests, seed_test
 
 
 def student_p(t, degrees):
@@ -179,6 +179,46 @@ def test_impossible_settings_are_refused(name, value, scores):
 
 def test_the_effect_size_is_the_mean_in_standard_deviations():
     assert effect_size([0.1, 0.3], [0.0, 0.0]) == pytest.approx(0.2 / math.sqrt(0.02))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_test_over_seeds_is_the_formula_of_the_textbook(same):
+    a, b = np.array([0.43, 0.47, 0.42, 0.48]), np.array([0.45, 0.44, 0.39, 0.40])
+    if same:
+        error, freedom = (a - b).std(ddof=1) / 2, 3
+    else:  # Welch 1947
+        parts = np.array([a.var(ddof=1), b.var(ddof=1)]) / 4
+        error, freedom = math.sqrt(parts.sum()), parts.sum() ** 2 / (parts**2 / 3).sum()
+    found = seed_test(a, b, same=same)
+    t = (a - b).mean() / error
+    assert found.mean_difference == pytest.approx((a - b).mean())
+    assert found.t_p == pytest.approx(special.betainc(freedom / 2, 0.5, freedom / (freedom + t**2)))
+    half = special.stdtrit(freedom, 0.975) * error
+    assert (found.ci_low, found.ci_high) == pytest.approx(((a - b).mean() - half, (a - b).mean() + half))
+
+
+def test_seeds_of_different_arms_may_differ_in_number_and_in_order():
+    found = seed_test([0.5, 0.6, 0.7], [0.4, 0.3])
+    assert found == pytest.approx(seed_test([0.7, 0.5, 0.6], [0.3, 0.4]))
+    assert found.ci_low < found.mean_difference < found.ci_high
+
+
+@pytest.mark.parametrize(("a", "b"), [([0.5], [0.4, 0.3]), ([0.5, 0.5], [0.25, 0.25])])
+def test_one_seed_or_none_that_varies_has_a_difference_but_no_p_value(a, b):
+    found = seed_test(a, b)
+    assert found.mean_difference == pytest.approx(np.mean(a) - np.mean(b))
+    assert np.isnan(found[1:]).all()
+
+
+def test_seeds_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="2 and 3 seeds cannot be pairs"):
+        seed_test([0.1, 0.2], [0.1, 0.2, 0.3], same=True)
+    with pytest.raises(ValueError, match="the score of position 1 is nan"):
+        seed_test([0.1, math.nan], [0.1, 0.2])
+    with pytest.raises(ValueError, match="one score per seed"):
+        seed_test([], [0.1])
+    with pytest.raises(ValueError, match="level"):
+        seed_test([0.1, 0.3], [0.1, 0.2], level=1.0)
 
 
 def test_holm_of_a_worked_example():

@@ -15,7 +15,7 @@ from scipy import stats
 from nucseg.experiments import GridSettings, experiments_of, grid
 from nucseg.paper import TABLES, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
-from nucseg.stats import holm, paired_tests
+from nucseg.stats import holm, paired_tests, seed_test
 from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, write_table
 from nucseg.tables import formats as table_formats
 from nucseg.tables.notes import needed_t
@@ -292,6 +292,25 @@ def test_table_6_computes_label_shares_and_shows_the_k_that_were_run(tissue):
 def trained_for(iterations):
     model = {"segmenter": ["maskrcnn", {}, "lite0"], "training": [{"iterations": iterations}, None, {}]}
     return json.dumps({"model": model})
+
+
+def test_seeds_are_compared_as_pairs_only_where_they_annotate_the_same_patches():
+    def lines(name, *means):
+        seeds = zip(experiments_of(row(name), "kumar", SETTINGS), means, strict=True)
+        return [lines_of(experiment, [mean, mean + 0.2]) for experiment, mean in seeds]
+
+    everything = lines("II.csingan", 0.3, 0.5) + lines("II.naive", 0.2, 0.41)
+    everything += lines("I.kmeans", 0.1, 0.3)
+    same = line(make_table("II", pd.concat(everything), "kumar", SETTINGS), "II.naive")
+    other = line(make_table("I", pd.concat(everything), "kumar", SETTINGS), "I.kmeans")
+    for found, expected in (
+        (same, seed_test([0.3, 0.51], [0.4, 0.6], same=True)),
+        (other, seed_test([0.2, 0.4], [0.4, 0.6])),
+    ):
+        assert tuple(found[["seeds CI low", "seeds CI high", "seeds p"]]) == pytest.approx(expected[1:])
+    header, body = table_formats.cells(make_table("I", pd.concat(everything), "kumar", SETTINGS).frame)
+    [text] = [cell.text for cell in (r[header.index("over seeds: 95 % CI, p")] for r in body) if cell.text]
+    assert re.fullmatch(r"\[−0\.\d{4}, \+0\.\d{4}\] 0\.\d+", text)
 
 
 def test_notes_say_what_was_run_on_what(results, tissue):

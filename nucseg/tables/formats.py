@@ -19,7 +19,8 @@ table.nucseg tbody tr:last-child td { border-bottom: 2px solid; }
 table.nucseg td.not-run { font-style: italic; opacity: 0.7; }
 p.nucseg { font: 13px/1.4 sans-serif; max-width: 75em; margin: 0.3em 0; }
 """
-HIDDEN = {"status", "id", "compared with", "CI low", "CI high"}  # for machines: in the CSV, not on the page
+# For machines: in the CSV, not on the page, or there in another column's cells.
+HIDDEN = {"status", "id", "compared with", "CI low", "CI high", "seeds CI low", "seeds CI high"}
 
 
 class Cell(NamedTuple):
@@ -78,6 +79,7 @@ def _heading(name: str) -> str:
         "row": "",
         "mean difference": "AJI − reference [95 % CI]",
         "t p": "paired t p (Holm)",
+        "seeds p": "over seeds: 95 % CI, p",
         "effect size": "effect size d",
     }.get(name, name)
 
@@ -90,6 +92,8 @@ def _cell(name: str, line: pd.Series) -> Cell:
         return Cell("")
     if name == "mean difference":
         return Cell(f"{_signed(value)} [{_signed(line.get('CI low'))}, {_signed(line.get('CI high'))}]")
+    if name == "seeds p":
+        return Cell(f"[{_signed(line.get('seeds CI low'))}, {_signed(line.get('seeds CI high'))}] {value:.2g}")
     if name.endswith(("t p", "Wilcoxon p")):
         return Cell(f"{value:.2g} ({line[f'{name} Holm']:.2g})")
     if name.endswith(" P"):

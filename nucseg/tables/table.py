@@ -24,7 +24,7 @@ from nucseg.results import (
     ResultsError,
     check_results,
 )
-from nucseg.stats import effect_size, holm, paired_tests
+from nucseg.stats import SeedTest, effect_size, holm, paired_tests, seed_test
 from nucseg.store import write_text
 from nucseg.tables import formats
 from nucseg.tables import notes as table_notes
@@ -34,7 +34,10 @@ NOT_YET = "not run yet"
 NO_MODEL = "no such model yet"
 DATASET_NAMES = {"kumar": "Kumar", "tnbc": "TNBC", "monuseg": "MoNuSeg"}
 METRIC_NAMES = {"aji": "AJI", "dice": "Dice", "aji_seen": "AJI-s", "aji_unseen": "AJI-u"}
-COMPARISON = ("mean difference", "CI low", "CI high", "t p", "t p Holm", "Wilcoxon p", "Wilcoxon p Holm", "effect size")
+COMPARISON = (
+    *("mean difference", "CI low", "CI high", "t p", "t p Holm", "Wilcoxon p", "Wilcoxon p Holm", "effect size"),
+    *("seeds CI low", "seeds CI high", "seeds p"),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -331,6 +334,7 @@ def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, data
         compared[i] = other.label
         tests.loc[i, ["mean difference", "CI low", "CI high"]] = test[:3]
         tests.loc[i, ["t p", "Wilcoxon p", "effect size"]] = (test.t_p, test.wilcoxon_p, effect_size(*pair))
+        tests.loc[i, ["seeds CI low", "seeds CI high", "seeds p"]] = _over_seeds(one, other)[1:]
     for name in ("t p", "Wilcoxon p"):
         tests[f"{name} Holm"] = holm(tests[name])
     frame = frame.assign(**{"compared with": compared})
@@ -340,6 +344,13 @@ def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, data
     if not np.isnan(printed).all():
         frame[f"{_paper(source, dataset)} P"] = printed
     return frame
+
+
+def _over_seeds(one: Measured, other: Measured) -> SeedTest:
+    """Compare two rows by the means of their seeds, as pairs where equal seeds annotate the same patches."""
+    a, b = (each.lines.groupby("seed")["aji"].mean() for each in (one, other))
+    places = {(e.selection, e.k1, e.k2) for e in (*one.found, *other.found)}
+    return seed_test(a, b, same=len(places) == 1 and a.index.equals(b.index))
 
 
 def why_not_compared(one: Measured, other: Measured) -> str:
