@@ -69,7 +69,8 @@ def test_random_crops_alone_are_drawn_too():
 
 def forest(**changes):
     line = {"table": "II", "row": "NaiveAug", "id": "II.naive", "against": "CSinGAN", "mean difference": -0.03}
-    line |= {"CI low": -0.05, "CI high": -0.01, "images": 14, "seeds": 4, "why": ""}
+    line |= {"CI low": -0.05, "CI high": -0.01, "seeds CI low": np.nan, "seeds CI high": np.nan}
+    line |= {"images": 14, "seeds": 4, "why": ""}
     return {**line, **changes}
 
 
@@ -103,6 +104,18 @@ def test_each_row_of_the_forest_has_its_interval_in_its_colour_and_its_numbers_b
     grey = next(text for text in axis.texts if text.get_text() == "pix2pix")
     assert grey.get_color() != next(text for text in axis.texts if text.get_text() == "NaiveAug").get_color()
     assert -0.05 > axis.get_xlim()[0] == -axis.get_xlim()[1]
+
+
+def test_the_interval_over_seeds_stands_pale_behind_and_may_leave_the_picture():
+    ends = ((-0.07, 0.01), (-3.0, 3.0))
+    figure = forest_plot(pd.DataFrame([forest(**{"seeds CI low": low, "seeds CI high": high}) for low, high in ends]))
+    (axis,) = figure.axes
+    pale, thin = [c for c in axis.collections if isinstance(c, LineCollection)][:2]
+    assert pale.get_segments()[0][:, 0].tolist() == [-0.07, 0.01]
+    assert pale.get_zorder() < thin.get_zorder()
+    assert axis.get_xlim()[1] == pytest.approx(1.08 * 2 * 0.05)
+    assert "interval over seeds" in axis.get_xlabel()
+    assert "seeds;" not in forest_plot(pd.DataFrame([forest()])).axes[0].get_xlabel()
 
 
 def test_a_forest_of_rows_that_were_not_run_is_drawn_all_the_same():

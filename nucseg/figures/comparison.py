@@ -158,16 +158,19 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     Returns
     -------
     Figure
-        Blue where the interval lies above 0, vermilion where it lies below, grey where it holds 0; the numbers stand
-        beside it. Rows that were not run, or not compared, are listed in grey with the reason.
+        Blue where the interval over images lies above 0, vermilion where it lies below, grey where it holds 0; the
+        numbers stand beside it. The pale bar behind is the interval over seeds, where there are several. Rows that
+        were not run, or not compared, are listed in grey with the reason.
     """
     lines = _forest_lines(frame)
     height = 0.165 * len(lines)
     figure = Figure(figsize=(10.0, height + 0.9))
     axis = figure.add_axes((0.36, 0.45 / (height + 0.9), 0.36, height / (height + 0.9)))
     axis.set_ylim(len(lines) - 0.4, -0.6)
-    low, high = frame["CI low"].fillna(frame["mean difference"]), frame["CI high"].fillna(frame["mean difference"])
-    reach = max(0.01, np.nanmax([-low.min(), high.max(), 0.0])) * 1.08
+    reach = np.nanmax([frame[["mean difference", "CI low", "CI high"]].abs().max().max(), 0.01])
+    # Two seeds can give an interval of any length; it may leave the picture.
+    pale = np.nanmax([frame[["seeds CI low", "seeds CI high"]].abs().max().max(), 0.0])
+    reach = 1.08 * max(reach, min(pale, 2 * reach))
     axis.set_xlim(-reach, reach)
     axis.set_axisbelow(True)
     axis.axvline(0, color=INK, linewidth=0.8, zorder=1.5)
@@ -188,7 +191,8 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
         axis.text(x, -1.0, text, transform=beside, fontsize=7, color=GREY, ha=align, va="bottom")
     for x, text, align in ((-reach, "◂ reference better", "left"), (reach, "row better ▸", "right")):
         axis.text(x, -1.0, text, fontsize=7, color=VERMILION if x < 0 else BLUE, ha=align, va="bottom")
-    axis.set_xlabel("AJI of the row minus AJI of its reference (◇), paired by test image, seeds averaged", fontsize=8)
+    what = "AJI of the row minus AJI of its reference (◇), paired by test image, seeds averaged"
+    axis.set_xlabel(what + "; pale: interval over seeds" * bool(pale), fontsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(7))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if abs(x) > 1e-9 else "0"))
     axis.grid(axis="x", color="0.9", linewidth=0.6)
@@ -224,6 +228,8 @@ def _forest_row(axis: Axes, y: int, line: pd.Series, beside) -> None:
         return
     mean, low, high = line["mean difference"], line["CI low"], line["CI high"]
     colour = BLUE if low > 0 else VERMILION if high < 0 else "0.45"
+    if not np.isnan(line["seeds CI low"]):
+        axis.hlines(y, line["seeds CI low"], line["seeds CI high"], color=colour, alpha=0.22, linewidth=6, zorder=1.8)
     axis.hlines(y, low, high, color=colour, linewidth=1.6, zorder=2)
     axis.plot(mean, y, marker="o", markersize=4.5, color=colour, zorder=3)
     interval = "" if np.isnan(low) else f"  [{_signed(low)}, {_signed(high)}]"

@@ -17,8 +17,9 @@ from nucseg.experiments import GridSettings
 from nucseg.paper import TABLES, rows
 from nucseg.results import check_results
 from nucseg.stats import paired_tests
-from nucseg.tables import Measured, measure, one_profile, paired, why_not_compared
+from nucseg.tables import Measured, measure, one_profile, over_seeds, paired, why_not_compared
 
+DIFFERENCE = ("mean difference", "CI low", "CI high", "seeds CI low", "seeds CI high")
 _FULL = {"mrcnn-ours": "mrcnn", "hovernet-ours": "hovernet"}
 _PAPER_SETTING = "k1-9-csingan"
 
@@ -37,8 +38,9 @@ def forest_frame(
     -------
     DataFrame
         Columns ``table``, ``row``, ``id``, ``against`` (label of the reference, or nothing), ``mean difference``,
-        ``CI low``, ``CI high`` (AJI, row minus reference; 95 % bootstrap interval over images), ``images``, ``seeds``,
-        and ``why``: ``"reference"``, or why there is no difference; nothing where there is one. In the tables' order.
+        ``CI low``, ``CI high`` (AJI, row minus reference; 95 % bootstrap interval over images), ``seeds CI low`` and
+        ``seeds CI high`` (the same over seeds, NaN with fewer than two), ``images``, ``seeds``, and ``why``:
+        ``"reference"``, or why there is no difference; nothing where there is one. In the tables' order.
     """
     results = check_results(results)
     lines = results[results["dataset"] == dataset]
@@ -52,13 +54,12 @@ def forest_frame(
             made.append(_line(table, one, other))
     strategies = beyond.strategy_frame(results, dataset, settings)
     if len(strategies) and "mean difference" in strategies:
-        names = ["row", "id", "mean difference", "CI low", "CI high", "images", "seeds"]
-        shown = strategies[names].assign(table=beyond.TABLE, against=beyond.REFERENCE, why="")
+        shown = strategies.reindex(columns=["row", "id", *DIFFERENCE, "images", "seeds"])
+        shown = shown.assign(table=beyond.TABLE, against=beyond.REFERENCE, why="")
         own = shown["row"] == beyond.REFERENCE
         shown.loc[own, ["against", "why"]] = ["", "reference"]
         made += shown.to_dict("records")
-    columns = ["table", "row", "id", "against", "mean difference", "CI low", "CI high", "images", "seeds", "why"]
-    return pd.DataFrame(made, columns=columns)
+    return pd.DataFrame(made, columns=["table", "row", "id", "against", *DIFFERENCE, "images", "seeds", "why"])
 
 
 def _reference(one: Measured) -> str | None:
@@ -72,13 +73,13 @@ def _reference(one: Measured) -> str | None:
 def _line(table: str, one: Measured, other: Measured | None) -> dict[str, object]:
     line = {
         **{"table": table, "row": one.label, "id": one.row.id, "against": "" if other is None else other.label},
-        **{"mean difference": np.nan, "CI low": np.nan, "CI high": np.nan},
+        **dict.fromkeys(DIFFERENCE, np.nan),
         **{"images": one.lines["image_id"].nunique(), "seeds": len(one.found)},
     }
     if other is None:
         return {**line, "why": "reference" if one.found else one.status}
     why = why_not_compared(one, other)
     if not why:
-        test = paired_tests(*paired(one, other))
-        line |= {"mean difference": test.mean_difference, "CI low": test.ci_low, "CI high": test.ci_high}
+        test, seeds = paired_tests(*paired(one, other)), over_seeds(one, other)
+        line |= dict(zip(DIFFERENCE, (*test[:3], seeds.ci_low, seeds.ci_high), strict=True))
     return {**line, "why": why}

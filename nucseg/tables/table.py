@@ -334,7 +334,7 @@ def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, data
         compared[i] = other.label
         tests.loc[i, ["mean difference", "CI low", "CI high"]] = test[:3]
         tests.loc[i, ["t p", "Wilcoxon p", "effect size"]] = (test.t_p, test.wilcoxon_p, effect_size(*pair))
-        tests.loc[i, ["seeds CI low", "seeds CI high", "seeds p"]] = _over_seeds(one, other)[1:]
+        tests.loc[i, ["seeds CI low", "seeds CI high", "seeds p"]] = over_seeds(one, other)[1:]
     for name in ("t p", "Wilcoxon p"):
         tests[f"{name} Holm"] = holm(tests[name])
     frame = frame.assign(**{"compared with": compared})
@@ -346,7 +346,7 @@ def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, data
     return frame
 
 
-def _over_seeds(one: Measured, other: Measured) -> SeedTest:
+def over_seeds(one: Measured, other: Measured) -> SeedTest:
     """Compare two rows by the means of their seeds, as pairs where equal seeds annotate the same patches."""
     a, b = (each.lines.groupby("seed")["aji"].mean() for each in (one, other))
     places = {(e.selection, e.k1, e.k2) for e in (*one.found, *other.found)}
