@@ -20,6 +20,9 @@ app = typer.Typer(
 ProfileOption = Annotated[str, typer.Option(help="sample, h100, paper, or the path of a YAML file.")]
 DatasetOption = Annotated[str, typer.Option(help="tissue, kumar, tnbc, monuseg or a folder; empty: the profile's own.")]
 RootOption = Annotated[str, typer.Option(help="Where the data lie; empty: the environment variable NUCSEG_DATA.")]
+MinutesOption = Annotated[
+    float, typer.Option(min=0, help="Begin nothing after so many minutes; the next start goes on. 0: no limit.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where there is one.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
@@ -79,9 +82,7 @@ def run(
     jobs: Annotated[
         int, typer.Option(min=0, help="Experiments at a time; 0: one, or as many as the cluster has workers.")
     ] = 0,
-    minutes: Annotated[
-        float, typer.Option(min=0, help="Begin nothing after so many minutes; the next start goes on. 0: no limit.")
-    ] = 0.0,
+    minutes: MinutesOption = 0.0,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed experiments once more.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure those with results anew, on this machine.")] = False,
     device: DeviceOption = "",
@@ -124,6 +125,33 @@ def tables(profile: ProfileOption = "sample", dataset: DatasetOption = "") -> No
     from nucseg.tables.report import make_report
 
     for path in make_report(load_profile(profile), dataset).write():
+        typer.echo(path)
+
+
+@app.command("compare-schedules")
+def compare_schedules(
+    profile: ProfileOption = "sample",
+    dataset: DatasetOption = "",
+    data_root: RootOption = "",
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="Such as III.full; repeatable. Default: III.rndcrop-naive, III.full."),
+    ] = None,
+    part: Annotated[
+        list[float] | None,
+        typer.Option("--part", help="Length in parts of the profile's; repeatable. Default: ¼ to 2."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many of each row's seeds.")] = 1,
+    minutes: MinutesOption = 0.0,
+    device: DeviceOption = "",
+) -> None:
+    """Train shorter and longer than the profile says and compare AJI on validation images: a table and a figure."""
+    from nucseg import schedule_lengths
+    from nucseg.pipeline import Pipeline
+
+    run = Pipeline(profile, dataset, data_root, device)
+    rows, parts = row or schedule_lengths.ROWS, part or schedule_lengths.PARTS
+    for path in schedule_lengths.write(run, rows, parts, seeds, minutes):
         typer.echo(path)
 
 
@@ -356,10 +384,11 @@ def _expected() -> tuple[type[Exception], ...]:
     from nucseg.encoders import EncoderError
     from nucseg.notebooks import NotebookFailed, ParameterError
     from nucseg.results import ResultsError
+    from nucseg.store import OutOfTime
     from nucseg.workflow import WorkflowError
 
     errors = (ConfigError, DataError, EncoderError, NotebookFailed, ParameterError, WorkflowError, FileNotFoundError)
-    return (*errors, BundleError, ResultsError, WheelError)
+    return (*errors, BundleError, OutOfTime, ResultsError, WheelError)
 
 
 if __name__ == "__main__":

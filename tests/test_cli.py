@@ -12,6 +12,8 @@ COMMANDS = (
     "run",
     "status",
     "tables",
+    "compare-schedules",
+    "compare-synthesis",
     "select",
     "import-annotations",
     "train",
