@@ -11,6 +11,7 @@ import ast
 import json
 import os
 import re
+import sys
 import tempfile
 import threading
 import uuid
@@ -234,20 +235,21 @@ def reproduce(
     total = sum(weights.get(path.stem, 1.0) for path in paths)
     pages, before = [], 0.0
     bar_format = "{percentage:3.0f} %|{bar:24}| {elapsed} {desc}"
-    with tqdm(total=total, bar_format=bar_format, mininterval=0.5, dynamic_ncols=True) as bar:
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file is not for watching
+    with tqdm(total=total, bar_format=bar_format, mininterval=interval, miniters=0, dynamic_ncols=True) as bar:
         for number, path in enumerate(paths, 1):
             weight = weights.get(path.stem, 1.0)
 
             label = f"{number}/{len(paths)} {path.stem}"
 
             def show(done: float, text: str, label: str = label, start: float = before, weight: float = weight) -> None:
-                bar.n = max(bar.n, start + weight * done)
-                bar.set_description_str(f"{label}: {text}")
+                bar.set_description_str(f"{label}: {text}", refresh=False)
+                bar.update(max(0.0, start + weight * done - bar.n))
 
             show(0.0, "starting the kernel")
             pages.append(execute(path, parameters, folder, show, resume))
             before += weight
             bar.n = before
-            bar.refresh()
+            bar.refresh()  # one line for each notebook at least
         bar.set_description_str("done")
     return pages
