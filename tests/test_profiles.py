@@ -10,7 +10,7 @@ from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
-PROFILES = ["h100", "h100-hoverlite", "paper", "sample", "sample-seeds"]
+PROFILES = ["h100", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-seeds"]
 
 
 def test_the_profiles_load_and_name_themselves():
