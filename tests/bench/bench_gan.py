@@ -1,6 +1,6 @@
 """Time CSinGAN's training: all k1 GANs at once beside one GAN in a plain loop, and generation.
 
-    python tests/bench/bench_gan.py [--seconds S] [--only TEXT] [--fit STEPS] [--out FILE.json]
+    python tests/bench/bench_gan.py [--seconds S] [--only TEXT] [--crop PX] [--fit STEPS] [--out FILE.json]
 
 Prints milliseconds per GAN, mask and step (three updates of three critics and one of the generator) for every scale of
 a 256-pixel patch, the ratio to the plain loop, and the machine's name. The plain loop trains one GAN eagerly, one mask
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=0, metavar="STEPS", help="also time a whole training")
     parser.add_argument("--k1", type=int, default=9)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--crop", type=int, default=None, help="train on windows of this many pixels; h100: 96")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="write the numbers as JSON")
     args = parser.parse_args()
@@ -183,6 +184,8 @@ def main() -> None:
     base = CSinGANConfig()
     if device.type == "cpu":  # so that the script itself can be tried anywhere
         base = dataclasses.replace(base, scales=2, channels=8, crop=40)
+    if args.crop:
+        base = dataclasses.replace(base, crop=args.crop)
 
     def change(**changes) -> CSinGANConfig:
         return dataclasses.replace(base, **changes)
@@ -191,6 +194,7 @@ def main() -> None:
     eager = change(masks_per_step=1, cuda_graph=False)
     variants = [
         (f"graph, {k1} GANs, 4 masks", base, k1, ours),
+        ("... windows of 96 px (as h100)", change(crop=96), k1, ours),
         ("... any kernel", change(deterministic=False), k1, ours),
         ("... any kernel, benchmark", change(deterministic=False, benchmark=True), k1, ours),
         ("... deterministic, benchmark", change(benchmark=True), k1, ours),
