@@ -24,6 +24,7 @@ from nucseg.paper import TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
 from nucseg.store import OutOfTime, published, write_text
+from nucseg.tables import named
 from nucseg.tables.formats import Cell, markdown
 
 ROWS = ("III.rndcrop-naive", "III.full")  # little to learn from, and much
@@ -127,11 +128,17 @@ def as_markdown(frame: pd.DataFrame, caption: str) -> str:
     for line in summary(frame).to_dict("records"):
         spread = "" if np.isnan(line["sd"]) else f" ± {line['sd']:.4f}"
         gain = "" if np.isnan(line["gain"]) else f"{line['gain']:+.4f}".replace("-", "−")
-        texts = [row(line["row"]).label, line["segmenter"], f"{line['part']:g}", f"{line['iterations']:,}"]
+        texts = [_title(line["row"], line["segmenter"]), f"{line['part']:g}", f"{line['iterations']:,}"]
         texts += [f"{line['mean']:.4f}{spread}", gain, str(line["seeds"]), f"{line['seconds']:.0f}"]
         body.append([Cell(text) for text in texts])
-    header = ["row", "segmenter", "length", "iterations", "validation AJI", "gain", "seeds", "seconds a training"]
+    header = ["row", "length", "iterations", "validation AJI", "gain", "seeds", "seconds a training"]
     return markdown(caption, header, body, NOTES)
+
+
+def _title(name: str, segmenter: str) -> str:
+    """Return what the tables call a row."""
+    own = row(name)
+    return own.label if segmenter == own.spec.segmenter else f"{own.label} [run with {segmenter}]"
 
 
 def write(run: Pipeline, *arguments, **more) -> tuple[Path, ...]:
@@ -147,10 +154,9 @@ def write(run: Pipeline, *arguments, **more) -> tuple[Path, ...]:
         raise OutOfTime("not a single training was finished in this time: give it more minutes")
     folder = published("tables", run.profile.name)
     write_text(folder / f"schedules_{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
-    caption = f"Length of the schedules ({run.dataset.name}, {run.profile.name})"
+    caption = f"Length of the schedules ({named(name)}, {run.profile.name})"
     write_text(folder / f"schedules_{name}.md", as_markdown(frame, caption))
-    titles = [f"{row(key).label}, {segmenter}" for key, segmenter in zip(frame["row"], frame["segmenter"], strict=True)]
-    drawn = schedule_plot(frame.assign(row=titles))
+    drawn = schedule_plot(frame.assign(row=list(map(_title, frame["row"], frame["segmenter"]))))
     picture = run.figure_path("schedules")
     figures.save(drawn, picture, run.signature(), sorted(set(frame["run_id"])))
     return folder / f"schedules_{name}.csv", folder / f"schedules_{name}.md", picture

@@ -44,5 +44,5 @@ def schedule_plot(frame: pd.DataFrame) -> Figure:
     axis.margins(y=0.15)
     axis.grid(axis="y", color="0.92", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7, frameon=False, loc="lower right")
+    figure.legend(fontsize=7, frameon=False, loc="outside upper left", ncols=2)
     return figure
