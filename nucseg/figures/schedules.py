@@ -28,7 +28,13 @@ def schedule_plot(frame: pd.DataFrame) -> Figure:
         if lines["seed"].nunique() > 1:
             axis.scatter(lines["iterations"], lines["validation AJI"], s=9, color=colour, alpha=0.45, linewidths=0)
         for iterations, mean in means.iterrows():
-            beside = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 6.5, "color": GREY}
+            beside = {
+                "xytext": (0, 6 if k % 2 else -12),
+                "textcoords": "offset points",
+                "ha": "center",
+                "fontsize": 6.5,
+                "color": GREY,
+            }
             axis.annotate(f"{mean['seconds']:.0f} s", (iterations, mean["validation AJI"]), **beside)
     lengths = sorted(set(frame["iterations"]))
     axis.set_xscale("log")
