@@ -33,7 +33,8 @@ COLUMNS = ("row", "segmenter", "part", "iterations", "seed", "validation AJI", "
 NOTES = (
     "Each length is a training of its own with the whole schedule, by the row's settings; AJI is the mean over the "
     "validation images, then mean ± standard deviation over seeds. No test image was looked at.",
-    "Gain: over the next shorter length. A schedule is long enough where doubling it gains less than seeds differ.",
+    "Gain: over the next shorter length, by the seeds that both have. A schedule is long enough where doubling it "
+    "gains less than seeds differ.",
 )
 
 
@@ -111,7 +112,10 @@ def _trained(run: Pipeline, experiment: Experiment, part: float, stop: float) ->
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Average over seeds: row, segmenter, part, iterations, mean, sd (NaN for one seed), seeds, gain, seconds."""
+    """Average over seeds: row, segmenter, part, iterations, mean, sd (NaN for one seed), seeds, seconds, gain.
+
+    The gain is over the next shorter length, by the seeds that were trained for both.
+    """
     groups = frame.groupby(["row", "segmenter", "part", "iterations"], sort=False, as_index=False)
     table = groups.agg(
         mean=("validation AJI", "mean"),
@@ -119,7 +123,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         seeds=("seed", "nunique"),
         seconds=("seconds", "mean"),
     ).sort_values(["row", "part"], kind="stable", ignore_index=True)
-    return table.assign(gain=table.groupby("row")["mean"].diff())
+    seeds = frame.pivot_table(index=["row", "part"], columns="seed", values="validation AJI").sort_index()
+    gains = seeds.groupby("row").diff().mean(axis="columns")  # over the seeds that both lengths have
+    return table.assign(gain=gains.loc[pd.MultiIndex.from_frame(table[["row", "part"]])].to_numpy())
 
 
 def as_markdown(frame: pd.DataFrame, caption: str) -> str:

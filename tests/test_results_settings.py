@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nucseg.results.settings import changed, differences, settings_of
+from nucseg.results.settings import changed, differences, experiment_of, settings_of
 
 
 def config(iterations=200, segmenter="hoverlite", augment=True, **more):
@@ -35,6 +35,12 @@ def test_settings_have_the_names_of_the_profile_and_nothing_that_tells_arms_apar
 @pytest.mark.parametrize("cell", ["", "{}", "[]", "3", '{"model": {"segmenter": 1, "training": 2}}', '{"model": null}'])
 def test_a_cell_of_strangers_has_no_settings(cell):
     assert settings_of(cell) == {}
+
+
+@pytest.mark.parametrize("cell", ["", "{}", "[]", "3", '{"experiment": 7}'])
+def test_a_cell_of_strangers_describes_no_experiment(cell):
+    assert experiment_of(cell) is None
+    assert experiment_of(config()) == {"seed": 1}
 
 
 def test_what_an_arm_lacks_is_no_difference():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 from small import TINY, small_data
 
@@ -55,6 +56,13 @@ def test_seeds_are_averaged_and_their_spread_is_shown(run, monkeypatch):
     frame = schedule_lengths.measure(run, ["III.full"], [1])
     both = frame.loc[[0, 0]].assign(**{"seed": [1, 2], "validation AJI": [0.2, 0.4]})
     assert "0.3000 ± 0.1414" in schedule_lengths.as_markdown(both, "x")
+
+
+def test_a_gain_compares_the_same_seeds(run):
+    frame = schedule_lengths.measure(run, ["III.full"], [1])
+    lines = [(1, 1, 0.2), (1, 2, 0.4), (2, 2, 0.45)]  # that of seed 1 was cut off
+    both = pd.concat([frame.assign(part=part, seed=seed, **{"validation AJI": aji}) for part, seed, aji in lines])
+    assert schedule_lengths.summary(both)["gain"][1] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(

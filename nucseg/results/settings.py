@@ -34,6 +34,14 @@ def settings_of(config: str) -> dict[str, str]:
     return dict(_flat(parts, ""))
 
 
+def experiment_of(config: str) -> dict[str, Any] | None:
+    """Return the experiment in one cell ``config`` of runs.csv, as names and plain values; None where there is none."""
+    try:
+        return dict(json.loads(config)["experiment"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():

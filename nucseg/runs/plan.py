@@ -31,7 +31,7 @@ from nucseg.paper import FIGURE_7, TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs
-from nucseg.results.settings import changed
+from nucseg.results.settings import changed, experiment_of
 from nucseg.runs import backends
 from nucseg.runs.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
 from nucseg.runs.running import Ticket, failure_file, probe, run_one, running_file, work_on
@@ -262,7 +262,8 @@ class Plan:
 
     def _outdated(self, runs: pd.DataFrame | None, states: Mapping[Experiment, str]) -> list[str]:
         """Say which results were made with other settings than the profile has now."""
-        made = {} if runs is None else {_experiment_in(config): config for config in runs["config"]}
+        configs = [] if runs is None else list(runs["config"])
+        made = {json.dumps(experiment_of(config), sort_keys=True): config for config in configs}
         other: dict[str, int] = {}
         for experiment, state in states.items():
             config = made.get(json.dumps(asdict(experiment), sort_keys=True), "")
@@ -273,11 +274,6 @@ class Plan:
             f"  {count} done with other settings ({first}): --again measures them anew"
             for first, count in other.items()
         ]
-
-
-def _experiment_in(config: str) -> str:
-    """Return the experiment that a cell ``config`` of runs.csv describes, as JSON."""
-    return json.dumps(json.loads(config).get("experiment"), sort_keys=True)
 
 
 def _who(text: str | None) -> str:

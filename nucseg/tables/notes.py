@@ -154,7 +154,8 @@ def _comparisons(table: str, dataset: str, source: str, measured: Sequence) -> l
             "first, so n is the number of images); 95 % bootstrap interval over images, paired t, Wilcoxon signed "
             "rank, in brackets after Holm's correction over this table."
         )
-        if any(one.found and len(one.found) > 1 for one in measured):
+        pairs = [(one, _reference(one, measured)) for one in measured]
+        if any(other and min(len(one.found), len(other.found)) > 1 for one, other in pairs):
             found.append(OVER_SEEDS)
     apart = [one.label for one in measured if _other_segmenter(one, measured)]
     if apart and table != "IV":
