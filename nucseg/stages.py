@@ -253,7 +253,7 @@ class Stages:
         teacher's measure of being sure.
         """
         config = self.profile.pseudo
-        if config.method == "mean-teacher" and not models.per_pixel(experiment.segmenter):
+        if config.method == "mean-teacher" and not models.teachable(experiment.segmenter):
             sure = max(config.confidence, config.teacher.sure)
             return replace(config, method="rounds", unsure="ignore", confidence=sure)
         return config

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nucseg.config import nearest
 from nucseg.models.base import Instances, Segmenter
 
-__all__ = ["REGISTRY", "Entry", "Instances", "Segmenter", "build", "config_class", "encoder_of", "per_pixel"]
+__all__ = ["REGISTRY", "Entry", "Instances", "Segmenter", "build", "config_class", "encoder_of", "teachable"]
 
 
 class Entry(NamedTuple):
@@ -19,21 +19,21 @@ class Entry(NamedTuple):
     ----------
     own_encoder
         Of an architecture that is its own encoder; "" takes any encoder by name.
-    per_pixel
-        Whether its targets are per pixel, so that a mean teacher can teach it.
+    teachable
+        Whether a mean teacher can teach it, as `nucseg.models.hover.HoverSegmenter` says.
     """
 
     module: str
     model: str
     config: str
     own_encoder: str = ""
-    per_pixel: bool = True
+    teachable: bool = False
 
 
 REGISTRY = {
-    "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig", per_pixel=False),
-    "hoverlite": Entry("nucseg.models.hoverlite", "HoverLite", "HoverLiteConfig"),
-    "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig", own_encoder="preact-resnet50"),
+    "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig"),
+    "hoverlite": Entry("nucseg.models.hoverlite", "HoverLite", "HoverLiteConfig", teachable=True),
+    "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig", "preact-resnet50", teachable=True),
 }
 
 
@@ -79,9 +79,9 @@ def encoder_of(name: str, encoder: str) -> str:
     return _entry(name).own_encoder or encoder
 
 
-def per_pixel(name: str) -> bool:
-    """Return whether a segmenter's targets are per pixel."""
-    return _entry(name).per_pixel
+def teachable(name: str) -> bool:
+    """Return whether a mean teacher can teach a segmenter."""
+    return _entry(name).teachable
 
 
 def config_class(name: str) -> type:

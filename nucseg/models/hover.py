@@ -20,9 +20,10 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 from torch import Tensor
 
-from nucseg.inference import InferenceConfig, predict_instances, predict_maps
+from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
-from nucseg.models.base import Instances, Segmenter
+from nucseg.models.base import Instances
+from nucseg.models.maps import MapSegmenter, at_least, central, score_instances
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,14 @@ class HoverTargets(NamedTuple):
     known: Tensor  # (b, h, w) bool: False adds to no term
 
 
-class HoverSegmenter(Segmenter):
+class HoverSegmenter(MapSegmenter):
     """A network with NP and HV heads; a subclass gives `heads`."""
 
-    fixed_shapes = True
-    vector_channels = (1, 2)  # of `maps`: x and y of a vector, which turn with the image
+    vector_channels = (1, 2)
 
     def __init__(self, hover: HoverConfig, inference: InferenceConfig):
-        super().__init__()
-        self.hover, self.inference = hover, inference
+        super().__init__(inference)
+        self.hover = hover
 
     @abstractmethod
     def heads(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b 2 p q"], Float[Tensor, "b 2 p q"]]:
@@ -112,7 +112,7 @@ class HoverSegmenter(Segmenter):
         """Return the same terms on targets of the size of the images, or of their predicted centre."""
         logits, hv = self.heads(images)
         # A network without padding sees more than it predicts.
-        targets = HoverTargets(*(_central(target, hv.shape[-2:]) for target in targets))
+        targets = HoverTargets(*(central(target, hv.shape[-2:]) for target in targets))
         terms = hover_losses(logits, hv, targets.inside, targets.hv, targets.known)
         return {name: getattr(self.hover, name) * value for name, value in terms.items()}
 
@@ -138,16 +138,10 @@ class HoverSegmenter(Segmenter):
         logits, hv = self.heads(images)
         return torch.cat((logits.float().softmax(dim=1)[:, 1:], hv.float()), dim=1)
 
-    def begin(self, image: np.ndarray) -> Callable[[], Instances]:
-        """Predict the maps of one image; what is returned makes nuclei of them, in any process."""
-        if max(image.shape[:2]) > self.inference.block:
-            return super().begin(image)
-        return partial(instances_from_maps, predict_maps(self, image, self.inference), self.hover)
-
-    def predict_instances(self, image: np.ndarray) -> Instances:
-        """Segment a whole image; large ones block by block, in bounded memory."""
-        workers = self.inference.processes(next(self.parameters()).device)
-        return predict_instances(self.begin, image, self.inference, workers)
+    @property
+    def finish(self) -> Callable[[np.ndarray], Instances]:
+        """`instances_from_maps` with these settings."""
+        return partial(instances_from_maps, config=self.hover)
 
 
 def hv_targets(
@@ -203,12 +197,6 @@ def hv_targets(
     return inside, hv.view(2, b, h, w).transpose(0, 1).float()
 
 
-def _central(maps: Tensor, size: torch.Size) -> Tensor:
-    """Cut the central `size` (height, width) out of maps."""
-    top, left = ((a - b) // 2 for a, b in zip(maps.shape[-2:], size, strict=True))
-    return maps[..., top : top + size[0], left : left + size[1]]
-
-
 def hover_losses(
     logits: Float[Tensor, "b 2 h w"],
     hv: Float[Tensor, "b 2 h w"],
@@ -261,8 +249,8 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     strength 1 in every image. A piece of foreground too small for any marker is a nucleus of its own.
     """
     probability, hv = maps[0], maps[1:]
-    mask = ~_at_least(probability < config.threshold, config.max_hole)
-    mask = _at_least(mask, config.min_marker)
+    mask = ~at_least(probability < config.threshold, config.max_hole)
+    mask = at_least(mask, config.min_marker)
     if not mask.any():
         return Instances(np.zeros(mask.shape, dtype=np.int32), np.zeros(0, dtype=np.float32))
     hv = np.clip(hv, -1, 1)
@@ -274,7 +262,7 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     edge = np.clip(np.maximum(*falls), 0, 1)
     core = ndimage.binary_fill_holes(mask & (edge < config.edge))
     disc = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
-    markers, n = ndimage.label(_at_least(ndimage.binary_opening(core, disc), config.min_marker))
+    markers, n = ndimage.label(at_least(ndimage.binary_opening(core, disc), config.min_marker))
     blobs, blob_count = ndimage.label(mask)
     unmarked = np.setdiff1d(np.arange(1, blob_count + 1), blobs[markers > 0])
     if unmarked.size:
@@ -284,21 +272,3 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     height = ndimage.gaussian_filter(edge, 0.8)
     labels = watershed(height, markers, mask=mask)
     return score_instances(labels, probability, config.min_area)
-
-
-def score_instances(labels: np.ndarray, probability: np.ndarray, min_area: int) -> Instances:
-    """Drop nuclei below `min_area` pixels, renumber the rest 1..n and score each by its mean probability."""
-    area = np.bincount(labels.ravel())
-    total = np.bincount(labels.ravel(), weights=probability.ravel())
-    kept = np.flatnonzero(area >= max(min_area, 1))
-    kept = kept[kept > 0]
-    number = np.zeros(len(area), dtype=np.int32)
-    number[kept] = 1 + np.arange(len(kept))
-    return Instances(number[labels], np.clip(total[kept] / area[kept], 0, 1).astype(np.float32))
-
-
-def _at_least(mask: np.ndarray, area: int) -> np.ndarray:
-    parts, _ = ndimage.label(mask)
-    large = np.bincount(parts.ravel()) >= area
-    large[0] = False
-    return large[parts]

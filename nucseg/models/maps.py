@@ -1,0 +1,81 @@
+"""Segmenters that predict maps, one value per pixel and channel, and find nuclei in them by classical means."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy import ndimage
+from torch import Tensor
+
+from nucseg.inference import InferenceConfig, predict_instances, predict_maps
+from nucseg.models.base import Instances, Segmenter
+
+
+class MapSegmenter(Segmenter):
+    """A network of maps; a subclass gives `loss`, `maps` and `finish`.
+
+    Attributes
+    ----------
+    vector_channels
+        Of `maps`: the channels that are x and y of a vector, which turn with the image; None without any.
+    """
+
+    fixed_shapes = True
+    vector_channels: tuple[int, int] | None = None
+
+    def __init__(self, inference: InferenceConfig):
+        super().__init__()
+        self.inference = inference
+
+    @abstractmethod
+    def maps(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+        """Return the maps that nuclei are found in, at the input's resolution; its sides are multiples of 32.
+
+        Tiles and views of an image are averaged, so a map is a probability or a distance, not a logit.
+        """
+
+    @property
+    @abstractmethod
+    def finish(self) -> Callable[[np.ndarray], Instances]:
+        """The function from the maps of an image, (c, H, W) float32, to its nuclei; it can be sent to a process."""
+
+    def begin(self, image: np.ndarray) -> Callable[[], Instances]:
+        """Predict the maps of one image; what is returned makes nuclei of them, in any process."""
+        if max(image.shape[:2]) > self.inference.block:
+            return super().begin(image)
+        return partial(self.finish, predict_maps(self, image, self.inference))
+
+    def predict_instances(self, image: np.ndarray) -> Instances:
+        """Segment a whole image; large ones block by block, in bounded memory."""
+        workers = self.inference.processes(next(self.parameters()).device)
+        return predict_instances(self.begin, image, self.inference, workers)
+
+
+def central(maps: Tensor, size: torch.Size) -> Tensor:
+    """Cut the central `size` (height, width) out of maps."""
+    top, left = ((a - b) // 2 for a, b in zip(maps.shape[-2:], size, strict=True))
+    return maps[..., top : top + size[0], left : left + size[1]]
+
+
+def score_instances(labels: np.ndarray, probability: np.ndarray, min_area: int) -> Instances:
+    """Drop nuclei below `min_area` pixels, renumber the rest 1..n and score each by its mean probability."""
+    area = np.bincount(labels.ravel())
+    total = np.bincount(labels.ravel(), weights=probability.ravel())
+    kept = np.flatnonzero(area >= max(min_area, 1))
+    kept = kept[kept > 0]
+    number = np.zeros(len(area), dtype=np.int32)
+    number[kept] = 1 + np.arange(len(kept))
+    return Instances(number[labels], np.clip(total[kept] / area[kept], 0, 1).astype(np.float32))
+
+
+def at_least(mask: np.ndarray, area: int) -> np.ndarray:
+    """Keep the pieces (4-connected) of a boolean mask that have at least so many pixels."""
+    parts, _ = ndimage.label(mask)
+    large = np.bincount(parts.ravel()) >= area
+    large[0] = False
+    return large[parts]
