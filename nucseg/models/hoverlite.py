@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nucseg.encoders import Pyramid
 from nucseg.inference import InferenceConfig
 from nucseg.models.base import origin
+from nucseg.models.decoder import Decoder, at_size, block, check_widths, to_multiple_of_32
 from nucseg.models.hover import HoverConfig, HoverSegmenter
 
 
@@ -44,8 +44,7 @@ class HoverLiteConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
-        if len(self.widths) not in (4, 5) or min(self.widths) < 1:
-            raise ValueError(f"widths must be four or five positive numbers, got {self.widths}")
+        check_widths(self.widths)
         if not 0 <= self.frozen <= 5:
             raise ValueError(f"frozen must be 0 to 5 encoder levels, got {self.frozen}")
 
@@ -68,14 +67,10 @@ class HoverLite(HoverSegmenter):
         self.fixed = _first_levels(self.encoder.net, config.frozen)
         for module in self.fixed:
             module.requires_grad_(False)
-        skips = (*self.encoder.channels[-2::-1], 0)  # strides 16, 8, 4, 2 and the image's own
-        below = self.encoder.channels[-1]
-        self.decoder = nn.ModuleList()
-        for width, skip in zip(config.widths, skips, strict=False):
-            self.decoder.append(nn.Sequential(_block(below + skip, width), _block(width, width)))
-            below = width
-        self.np_head = nn.Sequential(_block(below, below), nn.Conv2d(below, 2, 1))
-        self.hv_head = nn.Sequential(_block(below, below), nn.Conv2d(below, 2, 1))
+        self.decoder = Decoder(self.encoder.channels, config.widths)
+        below = self.decoder.width
+        self.np_head = nn.Sequential(block(below, below), nn.Conv2d(below, 2, 1))
+        self.hv_head = nn.Sequential(block(below, below), nn.Conv2d(below, 2, 1))
 
     def train(self, mode: bool = True) -> HoverLite:
         """Switch the mode of all but the fixed levels, whose batch statistics stay the pretrained ones."""
@@ -86,17 +81,10 @@ class HoverLite(HoverSegmenter):
 
     def heads(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b 2 h w"], Float[Tensor, "b 2 h w"]]:
         """Return NP logits and HV at the input's resolution; any size, enlarged to a multiple of 32 by mirroring."""
-        h, w = images.shape[-2:]
-        if h % 32 or w % 32:
-            images = F.pad(images, (0, -w % 32, 0, -h % 32), mode="reflect")
-        *skips, x = self.encoder(images)
-        for block in self.decoder:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = block(torch.cat((x, skips.pop()), dim=1) if skips else x)
+        padded = to_multiple_of_32(images)
+        x = self.decoder(self.encoder(padded))
         maps = torch.cat((self.np_head(x), self.hv_head(x)), dim=1)
-        if maps.shape[-2:] != images.shape[-2:]:
-            maps = F.interpolate(maps, size=images.shape[-2:], mode="bilinear", align_corners=False)
-        maps = maps[..., :h, :w]
+        maps = at_size(maps, padded.shape[-2:], images.shape[-2:])
         return maps[:, :2], maps[:, 2:]
 
 
@@ -108,9 +96,3 @@ def _first_levels(net: nn.Module, count: int) -> list[nn.Module]:
     layers = [(name, module) for name, module in net.named_modules() if list(module.parameters(recurse=False))]
     end = max(i for i, (name, _) in enumerate(layers) if name == last or name.startswith(f"{last}."))
     return [module for _, module in layers[: end + 1]]  # defined in the order in which they compute
-
-
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
