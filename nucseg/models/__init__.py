@@ -34,6 +34,7 @@ REGISTRY = {
     "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig"),
     "hoverlite": Entry("nucseg.models.hoverlite", "HoverLite", "HoverLiteConfig", teachable=True),
     "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig", "preact-resnet50", teachable=True),
+    "mdcnet": Entry("nucseg.models.mdcnet", "MDCNet", "MDCNetConfig"),
 }
 
 
