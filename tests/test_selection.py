@@ -331,6 +331,28 @@ def test_features_survive_a_file_without_pickling(pool, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sub_regions_are_computed_only_for_strategies_that_look_at_them(strategy, slides, pool):
+    class Watched(MeanAndSpread):
+        def forward(self, x):
+            sides.add(x.shape[-1])
+            return super().forward(x)
+
+    sides = set()
+    alone = select(slides, strategy, 3, 2, seed=5, config=SMALL, encoder=Watched(), device="cpu")
+    shared = select(slides, strategy, 3, 2, seed=5, config=SMALL, features=pool, device="cpu")
+    assert alone.patches == shared.patches
+    assert (16 in sides) == (strategy in {"cps", "cps-no-2nd", "cps-no-3rd", "kmeans", "cps-standardised"})
+    assert (32 in sides) == (not strategy.startswith("random"))
+
+
+def test_two_levels_of_clusters_need_the_sub_regions(slides):
+    without = extract(slides, MeanAndSpread(), SMALL, "cpu", parts=False)
+    assert without.sub_features.shape == (len(without), 0, without.features.shape[1])
+    with pytest.raises(ValueError, match="sub_features"):
+        select(slides, "cps", 3, 2, config=SMALL, features=without)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_chooses_k1_different_patches_again_and_again(strategy, slides, pool):
     first, second = (select(slides, strategy, 3, 2, seed=5, config=SMALL, features=pool) for _ in range(2))
     assert first == second

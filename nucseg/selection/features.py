@@ -34,7 +34,7 @@ class PatchFeatures:
     features
         (n, d) float32.
     sub_features
-        (n, 4, d) float32, sub-regions row-major.
+        (n, 4, d) float32, sub-regions row-major; (n, 0, d) where they were left out.
     """
 
     image_ids: np.ndarray
@@ -110,6 +110,7 @@ def extract(
     config: SelectionConfig | None = None,
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
+    parts: bool = True,
 ) -> PatchFeatures:
     """Compute f of every patch of the sliding-window pool and of its four sub-regions.
 
@@ -126,6 +127,9 @@ def extract(
         None: CUDA where there is one.
     progress
         Called as ``progress(images done, images in all)`` after each image.
+    parts
+        Whether to compute the sub-regions too, which only strategies with two levels of clusters look at: as many
+        pixels again as the patches have.
 
     Returns
     -------
@@ -140,24 +144,18 @@ def extract(
     places = [grid(sample.id, *image_shape(sample), config) for sample in samples]
     counts = [len(rows) for rows, _ in places]
     features = sub_features = np.empty(0)
-    first, half = 0, config.size // 2
+    first = 0
     with torch.inference_mode():
         for number, (sample, (rows, cols)) in enumerate(zip(samples, places, strict=True)):
             pixels = normalise(check_image(sample.image, sample.id))
             whole = _run(forward, pixels, rows, cols, config.size, config, device)
-            # Row-major sub-regions of each patch, every distinct place once.
-            part_rows = (rows[:, None] + [0, 0, half, half]).ravel()
-            part_cols = (cols[:, None] + [0, half, 0, half]).ravel()
-            distinct, back = np.unique(np.stack([part_rows, part_cols]), axis=1, return_inverse=True)
-            shared = distinct.shape[1] < len(part_rows)
-            part_rows, part_cols = distinct if shared else (part_rows, part_cols)
-            parts = _run(forward, pixels, part_rows, part_cols, half, config, device)
             if not first:  # now the width is known; filling one array keeps the peak at the size of the result
                 features = np.empty((sum(counts), whole.shape[1]), np.float32)
-                sub_features = np.empty((sum(counts), 4, whole.shape[1]), np.float32)
+                sub_features = np.empty((sum(counts), 4 if parts else 0, whole.shape[1]), np.float32)
             own = slice(first, first + len(rows))
             features[own] = whole
-            sub_features[own] = parts[back.reshape(len(rows), 4)] if shared else parts.reshape(len(rows), 4, -1)
+            if parts:
+                sub_features[own] = _of_parts(forward, pixels, rows, cols, config, device)
             first = own.stop
             if progress is not None:
                 progress(number + 1, len(samples))
@@ -208,6 +206,24 @@ def _prepare(
         return scale(pixels.permute(2, 0, 1)[None])[0].permute(1, 2, 0).to(kind).contiguous()
 
     return net, normalise
+
+
+def _of_parts(
+    forward: nn.Module,
+    pixels: Tensor,
+    rows: np.ndarray,
+    cols: np.ndarray,
+    config: SelectionConfig,
+    device: torch.device,
+) -> np.ndarray:
+    """Features of the row-major sub-regions of each patch, (n, 4, d), every distinct place computed once."""
+    half = config.size // 2
+    part_rows = (rows[:, None] + [0, 0, half, half]).ravel()
+    part_cols = (cols[:, None] + [0, half, 0, half]).ravel()
+    distinct, back = np.unique(np.stack([part_rows, part_cols]), axis=1, return_inverse=True)
+    if distinct.shape[1] == len(part_rows):  # nothing is shared: leave the order, which reads the image in rows
+        return _run(forward, pixels, part_rows, part_cols, half, config, device).reshape(len(rows), 4, -1)
+    return _run(forward, pixels, *distinct, half, config, device)[back.reshape(len(rows), 4)]
 
 
 def _run(

@@ -31,6 +31,8 @@ STRATEGIES: dict[str, Callable[[PatchFeatures, Request], Picks]] = {
     "cps-standardised": standardised,
 }
 
+TWO_LEVELS = {*CPS_TERMS, "cps-standardised"}  # look at the sub-regions of patches
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -146,7 +148,7 @@ def select(
         else:
             if features is None:
                 net = Encoder(encoder, normalise=config.normalise) if isinstance(encoder, str) else encoder
-                features = extract(samples, net, config, device)
+                features = extract(samples, net, config, device, parts=strategy in TWO_LEVELS)
             same = all(
                 np.array_equal(a, b)
                 for a, b in zip(
