@@ -16,9 +16,8 @@ loss formulas. What differs, and why (REFERENCE section 6, A29-A33):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +42,7 @@ from nucseg.models.boxes import (
     targets_from_labels,
     unknown_share,
 )
+from nucseg.models.heads import BoxHead, MaskHead, Norm, ProposalHead
 from nucseg.models.painting import nms_across, paint, spans
 
 RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0), (10.0, 5.0)  # torchvision's scaling of box offsets: (centre, log side)
@@ -127,6 +127,27 @@ class MaskRCNNConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
+class Features(NamedTuple):
+    """What the heads look at, in network pixels."""
+
+    encoded: dict[int, Tensor]  # the encoder's maps by stride
+    levels: list[Tensor]  # the pyramid's maps of `MaskRCNNConfig.strides`
+    roi_map: Tensor  # the one from which RoIs are pooled
+
+
+class MaskExamples(NamedTuple):
+    """The positive RoIs of a batch that the mask head is trained on; n of them, used or not."""
+
+    image: Tensor  # (n,) int64
+    place: Tensor  # (n,) int64: of the nucleus in `Targets`
+    rois: Tensor  # (n, 4) in network pixels
+    used: Tensor  # (n,) float32: 0 for a place worked on for nothing
+    pooled: Tensor  # (n, c, p, p)
+    logits: Tensor  # (n, m, m) float32
+    truth: Tensor  # (n, m, m) in [0, 1]
+    known: Tensor  # (n, m, m) float32: 0 where the truth is unknown, and at places not used
+
+
 class MaskRCNN(Segmenter):
     """Mask R-CNN over the feature pyramid of a pretrained encoder.
 
@@ -145,7 +166,11 @@ class MaskRCNN(Segmenter):
     -----
     The heads' initial weights and the drawing of anchors and RoIs use torch's global random state, as layers with
     dropout do: the caller seeds it around the construction, and the training loop around the loss.
+
+    A network built on this one overrides `norm`, `_new_mask_head`, `_further_losses` and `_final_scores`.
     """
+
+    norm: Norm | None = None  # of the pyramid's and the box head's layers, by their width
 
     def __init__(
         self,
@@ -161,10 +186,13 @@ class MaskRCNN(Segmenter):
         finest, coarsest = min(*config.strides, config.roi_stride), max(*config.strides, config.roi_stride)
         self.used = [i for i, stride in enumerate(self.pyramid.strides) if finest <= stride <= coarsest]
         width = config.fpn_channels
-        self.fpn = FeaturePyramidNetwork([self.pyramid.channels[i] for i in self.used], width)
-        self.rpn = _ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
-        self.box_head = _BoxHead(width, config)
-        self.mask_head = _MaskHead(width, config)
+        self.fpn = FeaturePyramidNetwork([self.pyramid.channels[i] for i in self.used], width, norm_layer=self.norm)
+        self.rpn = ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
+        self.box_head = BoxHead(width, config.box_pool, config.box_widths, self.norm)
+        self.mask_head = self._new_mask_head()
+
+    def _new_mask_head(self) -> nn.Module:
+        return MaskHead(self.config.fpn_channels, self.config.mask_widths)
 
     def train(self, mode: bool = True) -> MaskRCNN:
         super().train(mode)
@@ -186,8 +214,8 @@ class MaskRCNN(Segmenter):
         config, scale = self.config, self.config.scale
         targets = targets_from_labels(label_maps, self.largest_id)
         scaled = targets._replace(boxes=targets.boxes * scale)
-        levels, roi_map = self._features(images)
-        logits, offsets, anchors = self._propose(levels)
+        features = self._features(images)
+        logits, offsets, anchors = self._propose(features.levels)
         losses = self._rpn_loss(logits, offsets, anchors, scaled)
 
         proposals, usable = self._train_proposals(logits.detach(), offsets.detach(), anchors, images.shape[-2:])
@@ -205,7 +233,7 @@ class MaskRCNN(Segmenter):
         rois, place = candidates[image, index], matches.place[image, index]
         count = drawn.sum().clamp(min=1)
 
-        score, box_offsets = self.box_head(self._pool(roi_map, image, rois, config.box_pool))
+        score, box_offsets = self.box_head(self._pool(features.roi_map, image, rois, config.box_pool))
         score_loss = F.binary_cross_entropy_with_logits(score.float(), positive, weight=drawn, reduction="sum")
         losses["score"] = score_loss / count
         losses["box"] = box_loss(box_offsets, scaled.boxes[image, place], rois, positive > 0, BOX_WEIGHTS) / count
@@ -215,15 +243,20 @@ class MaskRCNN(Segmenter):
         image, slot = places(first)
         index, used = chosen[image, slot], first[image, slot].float()
         rois, place = candidates[image, index], matches.place[image, index]
-        masks = self.mask_head(self._pool(roi_map, image, rois, config.mask_pool)).float()
+        pooled = self._pool(features.roi_map, image, rois, config.mask_pool)
+        masks = self.mask_head(pooled).float()
         truth = mask_targets(targets.index, image, place, rois / scale, masks.shape[-1])
         known = known_cells(targets.index, image, rois / scale, masks.shape[-1]) * used[:, None, None]
         mask_loss = F.binary_cross_entropy_with_logits(masks, truth, weight=known, reduction="sum")
         losses["mask"] = mask_loss / known.sum().clamp(min=1)
-        return losses
+        examples = MaskExamples(image, place, rois, used, pooled, masks, truth, known)
+        return losses | self._further_losses(features, targets, examples)
 
-    def _features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Feature maps of `config.strides`, and the one from which RoIs are pooled."""
+    def _further_losses(self, features: Features, targets: Targets, examples: MaskExamples) -> dict[str, Tensor]:
+        """Terms of a network built on this one; `targets` in pixels of the image."""
+        return {}
+
+    def _features(self, images: Tensor) -> Features:
         if self.config.scale != 1:
             size = [round(side * self.config.scale) for side in images.shape[-2:]]
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
@@ -231,12 +264,12 @@ class MaskRCNN(Segmenter):
         # artificial edge appears there.
         h, w = images.shape[-2:]
         images = F.pad(images, (0, -w % 32, 0, -h % 32), mode="replicate")
-        maps = self.pyramid(images)
-        maps = self.fpn({str(self.pyramid.strides[i]): maps[i] for i in self.used})
+        encoded = dict(zip(self.pyramid.strides, self.pyramid(images), strict=True))
+        maps = self.fpn({str(self.pyramid.strides[i]): encoded[self.pyramid.strides[i]] for i in self.used})
         maps = {int(stride): features for stride, features in maps.items()}
         if 64 in self.config.strides:  # torchvision's extra level
             maps[64] = F.max_pool2d(maps[32], 1, 2)
-        return [maps[stride] for stride in self.config.strides], maps[self.config.roi_stride]
+        return Features(encoded, [maps[stride] for stride in self.config.strides], maps[self.config.roi_stride])
 
     def _propose(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Objectness logits (b, a), box offsets (b, a, 4) and anchors (a, 4), in network pixels."""
@@ -324,76 +357,25 @@ class MaskRCNN(Segmenter):
         """Boxes (n, 4) in image pixels, scores (n,) and mask probabilities (n, m, m) of one tile."""
         config = self.config
         shape = [round(side * config.scale) for side in image.shape[-2:]]
-        levels, roi_map = self._features(image)
-        logits, offsets, anchors = self._propose(levels)
+        features = self._features(image)
+        logits, offsets, anchors = self._propose(features.levels)
         score, best = logits[0].topk(min(config.test_candidates, logits.shape[1]))
         rois = clip_boxes_to_image(decode(offsets[0, best], anchors[best], RPN_WEIGHTS), shape)
         large = ((rois[:, 2:] - rois[:, :2]) >= 1).all(dim=1)
         rois, score = rois[large], score[large]
         rois = rois[nms(rois, score, config.rpn_nms)[: config.test_proposals]]
         first = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
-        logit, box_offsets = self.box_head(self._pool(roi_map, first, rois, config.box_pool))
+        logit, box_offsets = self.box_head(self._pool(features.roi_map, first, rois, config.box_pool))
         scores = logit.float().sigmoid()
         boxes = clip_boxes_to_image(decode(box_offsets, rois, BOX_WEIGHTS), shape)
         sure = (scores >= config.score) & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
         boxes, scores = boxes[sure], scores[sure]
         keep = nms(boxes, scores, config.nms)[: config.detections]
         boxes, scores = boxes[keep], scores[keep]
-        masks = self.mask_head(self._pool(roi_map, first[: len(boxes)], boxes, config.mask_pool)).float().sigmoid()
-        return boxes / config.scale, scores, masks
+        pooled = self._pool(features.roi_map, first[: len(boxes)], boxes, config.mask_pool)
+        masks = self.mask_head(pooled).float().sigmoid()
+        return boxes / config.scale, self._final_scores(scores, pooled, masks), masks
 
-
-class _ProposalHead(nn.Module):
-    """torchvision's RPNHead: a 3 x 3 convolution, then objectness and box offsets of each anchor."""
-
-    def __init__(self, width: int, anchors: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.score = nn.Conv2d(width, anchors, 1)
-        self.box = nn.Conv2d(width, anchors * 4, 1)
-        for layer in (self.conv, self.score, self.box):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = F.relu(self.conv(features))
-        score = self.score(hidden).permute(0, 2, 3, 1).flatten(1)
-        return score, self.box(hidden).permute(0, 2, 3, 1).reshape(len(features), -1, 4)
-
-
-class _BoxHead(nn.Module):
-    """torchvision's TwoMLPHead and predictor for one class: (n, c, p, p) to logits (n,) and offsets (n, 4)."""
-
-    def __init__(self, width: int, config: MaskRCNNConfig):
-        super().__init__()
-        widths = (width * config.box_pool**2, *config.box_widths)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.score = nn.Linear(widths[-1], 1)
-        self.box = nn.Linear(widths[-1], 4)
-
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = pooled.flatten(1)
-        for layer in self.layers:
-            hidden = F.relu(layer(hidden))
-        return self.score(hidden)[:, 0], self.box(hidden)
-
-
-class _MaskHead(nn.Sequential):
-    """torchvision's mask head for one class: (n, c, p, p) to logits (n, 2p, 2p)."""
-
-    def __init__(self, width: int, config: MaskRCNNConfig):
-        widths = (width, *config.mask_widths)
-        layers: list[nn.Module] = []
-        for a, b in pairwise(widths):
-            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
-        layers += [nn.ConvTranspose2d(widths[-1], widths[-1], 2, 2), nn.ReLU(), nn.Conv2d(widths[-1], 1, 1)]
-        super().__init__(*layers)
-        for layer in self:
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-        # With a single class, torchvision's initial weights of the last layer would start the mask loss near 15.
-        nn.init.normal_(self[-1].weight, std=0.01)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return super().forward(pooled)[:, 0]
+    def _final_scores(self, scores: Tensor, pooled: Tensor, masks: Tensor) -> Tensor:
+        """Scores (n,) by which detections are painted, from those of the boxes, the RoIs and the mask probabilities."""
+        return scores
