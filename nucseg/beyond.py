@@ -46,8 +46,14 @@ def experiments(
 
 
 def strategy_experiments(dataset: str, settings: GridSettings) -> tuple[Experiment, ...]:
-    """Return one experiment per strategy and seed of the random baselines, without pseudo labels."""
-    return _arms(dataset, settings, STRATEGIES, [_k1(dataset, settings)])
+    """Return one experiment per strategy and seed of the random baselines, without pseudo labels (Table S).
+
+    Raises
+    ------
+    ValueError
+        For an unknown strategy, or a dataset that `settings.k1` does not know.
+    """
+    return _arms(dataset, settings, _strategies(settings, "strategies"), [_k1(dataset, settings)])
 
 
 def budget_experiments(dataset: str, settings: GridSettings, images: int | None = None) -> tuple[Experiment, ...]:
@@ -68,7 +74,7 @@ def budget_experiments(dataset: str, settings: GridSettings, images: int | None 
     """
     k1 = _k1(dataset, settings)
     budgets = sorted({max(1, int(k1 * part + 0.5)) for part in settings.budget_grid})
-    planned = _arms(dataset, settings, _strategies(settings), budgets)
+    planned = _arms(dataset, settings, _strategies(settings, "budget_strategies"), budgets)
     most = images or _training_images(dataset) or np.inf
     planned = tuple(e for e in planned if e.selection != "random-centre-crop" or e.k1 <= most)
     segmenter = planned[0].segmenter
@@ -98,13 +104,15 @@ def _k1(dataset: str, settings: GridSettings) -> int:
     return settings.k1[dataset]
 
 
-def _strategies(settings: GridSettings) -> tuple[str, ...]:
-    if "*" in settings.budget_strategies:
+def _strategies(settings: GridSettings, field: str) -> tuple[str, ...]:
+    """Return the strategies that a field of the settings names, random crops among them."""
+    wanted = getattr(settings, field)
+    if "*" in wanted:
         return tuple(STRATEGIES)
-    for name in settings.budget_strategies:
+    for name in wanted:
         if name not in STRATEGIES:
-            raise ValueError(f"budget_strategies: unknown name {name!r}; {nearest(name, STRATEGIES)}")
-    return tuple(name for name in STRATEGIES if name in settings.budget_strategies or name == REFERENCE)
+            raise ValueError(f"{field}: unknown name {name!r}; {nearest(name, STRATEGIES)}")
+    return tuple(name for name in STRATEGIES if name in wanted or name == REFERENCE)
 
 
 # -- what was measured -----------------------------------------------------------------------------------------

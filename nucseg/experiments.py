@@ -80,10 +80,13 @@ class GridSettings:
         Keys of the rows to run by table; ``("*",)`` for all. A table left out is not run.
     k1_grid
         Table VI's three values of K1 as parts of the dataset's own: 6/9, 9/9 and 12/9 in the paper.
+    strategies
+        Selection strategies of Table S (not in the paper), ``("*",)`` for all. Random crops are always among them, to
+        compare with.
     budget_grid
         Budgets of the label-budget curve (Table B, not in the paper), as parts of the dataset's K1.
     budget_strategies
-        Selection strategies of the curve, ``("*",)`` for all. Random crops are always among them, to compare with.
+        Those of the curve, likewise.
     """
 
     k1: dict[str, int] = field(default_factory=lambda: {"kumar": 9, "tnbc": 6, "monuseg": 18})
@@ -95,6 +98,7 @@ class GridSettings:
     keep: tuple[str, ...] = ()
     rows: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(TABLES, ("*",)))
     k1_grid: tuple[float, ...] = (6 / 9, 1.0, 12 / 9)
+    strategies: tuple[str, ...] = ("*",)
     budget_grid: tuple[float, ...] = (1 / 3, 2 / 3, 1.0, 4 / 3, 2.0)
     budget_strategies: tuple[str, ...] = ("*",)
 

@@ -68,6 +68,13 @@ def test_every_strategy_runs_over_the_same_four_seeds_and_budget():
     assert {(e.k1, e.augmentation, e.rounds, e.segmenter) for e in found} == {(9, "naive", 0, "hoverlite")}
 
 
+def test_a_profile_may_name_the_strategies_of_table_s():
+    some = dataclasses.replace(SETTINGS, strategies=("k-center", "cps"))
+    assert {e.selection for e in strategy_experiments("kumar", some)} == {"cps", "k-center", "random-crop"}
+    with pytest.raises(ValueError, match="strategies: unknown name 'k-centre'; did you mean 'k-center'"):
+        strategy_experiments("kumar", dataclasses.replace(SETTINGS, strategies=("k-centre",)))
+
+
 def test_the_budgets_are_parts_of_the_datasets_own_and_hold_table_s():
     found = budget_experiments("kumar", SETTINGS)
     assert {e.k1 for e in found} == {3, 6, 9, 12, 18, 0}
