@@ -228,7 +228,7 @@ class DualMaskHead(nn.Module):
         fine = end // 4
         self.local = nn.Sequential(
             *conv(branch, end, norm=group_norm),
-            nn.Conv2d(end, 4 * fine, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(fine, 1, 1),
+            nn.Conv2d(end, 4 * fine, 3, padding=1), _Shuffle(), nn.ReLU(), nn.Conv2d(fine, 1, 1),
         )  # fmt: skip
         self.whole = nn.Sequential(
             *conv(branch, branch, norm=group_norm), *conv(branch, branch // 2, norm=group_norm),
@@ -241,6 +241,14 @@ class DualMaskHead(nn.Module):
         hidden = self.shared(pooled)
         local = self.local(hidden)[:, 0]
         return local + self.whole(hidden).view_as(local)
+
+
+class _Shuffle(nn.Module):
+    """`nn.PixelShuffle` of 2, whose gradient fails where no RoI is positive: (n, 4c, p, p) to (n, c, 2p, 2p)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
 
 
 class QualityHead(nn.Module):
