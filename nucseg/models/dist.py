@@ -58,7 +58,9 @@ class DistConfig:
     threshold
         Distance above which a pixel is nucleus (p2), as published.
     depth
-        How far, in pixels, the distance falls between two maxima that are two nuclei (p1, the h of H-maxima).
+        How far, in pixels, the distance falls between two maxima that are two nuclei (p1, the h of H-maxima). On
+        Kumar's validation images, after a short training, AJI at 0, 0.5, 0.75, 1 and 2 is 0.28, 0.37, 0.37, 0.36 and
+        0.29; of the true distances, hardly blurred, 0.5 to 1 give back all nuclei alike.
     min_area
         Smallest nucleus, pixels.
     inference
@@ -69,7 +71,7 @@ class DistConfig:
     halvings: int = 4
     reach: int = 32
     threshold: float = 0.5
-    depth: float = 1.0
+    depth: float = 0.75
     min_area: int = 20
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
@@ -133,7 +135,7 @@ class Dist(MapSegmenter):
         for enlarge, stage in zip(self.enlarge, self.up, strict=True):
             x = stage(torch.cat((enlarge(x), skips.pop()), dim=1))
         # bfloat16 has steps of 1/16 from 8 pixels on and would make terraces of a dome: the last layer is exact.
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):
             maps = self.head(x.float())
         return maps[:, 0, : images.shape[2], : images.shape[3]]
 
@@ -201,10 +203,9 @@ def distance_bounds(
 def instances_from_distance(maps: Float[np.ndarray, "1 h w"], config: DistConfig) -> Instances:
     """Turn a map of distances into nuclei: threshold, H-maxima as markers, watershed (published), and score them.
 
-    The score of a nucleus is the sum of the predicted distances in it over that of the distances that its outline
-    would have, at most 1. A network trained by squared error predicts the mean of what may be: the true distance times
-    the probability that there is a nucleus at all. So the score estimates that probability; it rises with the
-    prediction and falls where two nuclei were joined.
+    The score of a nucleus is m / (1 + m) of its mean predicted distance m, pixels: 0.5 for a mean of one pixel, about
+    0.75 for a sure nucleus of common size. A network trained by squared error predicts the mean of what may be, so that
+    doubt lowers m; but small nuclei have low scores too.
     """
     distance = np.clip(maps[0], 0, 255)
     mask = distance > config.threshold
@@ -218,10 +219,8 @@ def instances_from_distance(maps: Float[np.ndarray, "1 h w"], config: DistConfig
     number = np.zeros(count + 1, dtype=markers.dtype)
     number[unmarked] = n + 1 + np.arange(unmarked.size)
     labels = watershed(-height, np.where(markers > 0, markers, number[pieces]), mask=mask)
-    rim = ndimage.maximum_filter(labels, 3) != ndimage.minimum_filter(labels, 3)
-    ideal = np.where(mask, 1 + ndimage.distance_transform_cdt(~rim & mask, "chessboard"), 0) if rim.any() else height
-    total, expected = (np.bincount(labels.ravel(), weights=values.ravel()) for values in (height, ideal))
-    share = np.minimum(total / np.maximum(expected, 1), 1)
+    mean = np.bincount(labels.ravel(), weights=height.ravel()) / np.maximum(np.bincount(labels.ravel()), 1)
+    share = mean / (1 + mean)
     return score_instances(labels, share[labels], config.min_area)
 
 
