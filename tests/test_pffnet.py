@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nucseg.config import ConfigError, from_mapping
 from nucseg.labels import IGNORE
+from nucseg.metrics import aji
 from nucseg.models.boxes import Targets, known_cells, mask_targets, targets_from_labels
 from nucseg.models.heads import group_norm
 from nucseg.models.maskrcnn import MaskRCNN, MaskRCNNConfig
@@ -339,25 +341,18 @@ def test_without_its_further_losses_a_step_is_mask_rcnns(model, monkeypatch):
     assert all(torch.equal(mine[name], theirs[name]) for name in OLD)
 
 
-def test_truth_is_not_looked_at_where_it_is_unknown(model, monkeypatch):
-    """Two nuclei or none under what is unknown: the targets that reach the losses are the same, and so are those."""
+def test_the_maps_are_not_taught_on_unknown_pixels(model, monkeypatch):
     images, labels = batch()
-    values = []
-    for hidden in (0, 50):
-        changed = labels.clone()
-        changed[:, :, 24:40] = hidden
-        changed[:, :, 24:40] = IGNORE
-        values.append({k: float(v.detach()) for k, v in losses_of(model, images, changed).items()})
-    assert values[0] == values[1]
+    labels[:, :, 24:40] = IGNORE
     said = {}
     monkeypatch.setattr(
         "nucseg.models.pffnet.enlarge",
         lambda *args: said.setdefault(len(said), enlarge(*args).detach().requires_grad_()),
     )
-    losses = losses_of(model, images, changed)
+    losses = losses_of(model, images, labels)
     (losses["semantic"] + losses["fused"] + losses["consistency"]).backward()
     for scores in said.values():
-        known = (changed != IGNORE)[:, None].expand_as(scores)
+        known = (labels != IGNORE)[:, None].expand_as(scores)
         assert not scores.grad[~known].any()
         assert scores.grad[known].all()
 
@@ -384,6 +379,32 @@ def test_places_worked_on_for_nothing_change_neither_loss_nor_gradient(model, mo
         torch.testing.assert_close(results[1][0][name], value, msg=name)
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_what_pffnet_adds_to_a_step_never_waits_for_the_device(model, monkeypatch):
+    monkeypatch.setattr("nucseg.models.maskrcnn.places", every_place)
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function.name().split("::")[1].split(".")[0])
+            if calls[-1] in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+                calls.append("boolean index")
+            return function(*args, **(kwargs or {}))
+
+    further = model._further_losses
+
+    def watched(*args):
+        with Record():
+            losses = further(*args)
+            sum(losses.values()).backward(retain_graph=True)
+        return losses
+
+    monkeypatch.setattr(model, "_further_losses", watched)
+    losses_of(model, *batch())
+    waits = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "boolean index", "lift_fresh"}
+    assert "scatter_reduce" in calls
+    assert not waits & set(calls), waits & set(calls)
 
 
 @pytest.mark.parametrize("name", ["pffnet", "dpmsff"])
@@ -488,13 +509,14 @@ def test_published_widths_have_their_sizes():
 
 @pytest.fixture(scope="module", params=["pffnet", "dpmsff"])
 def learnt(request, pretrained) -> tuple[PFFNet, list[dict[str, float]]]:
-    """A model that has seen one batch of discs a few dozen times."""
+    """A model that has seen one batch of discs a few dozen times; its encoder rests, for speed."""
     model = copy.deepcopy(pretrained[request.param]).train()
+    model.pyramid.requires_grad_(False)
     images, labels = batch(4)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     torch.manual_seed(0)
     rows = []
-    for _ in range(45):
+    for _ in range(30):
         terms = model.loss(images, labels)
         optimiser.zero_grad()
         sum(terms.values()).backward()
@@ -507,12 +529,11 @@ def learnt(request, pretrained) -> tuple[PFFNet, list[dict[str, float]]]:
 def test_the_losses_fall(learnt):
     _, rows = learnt
     for name in ("rpn_score", "score", "box", "mask", "semantic", "fused"):
-        assert np.mean([row[name] for row in rows[-5:]]) < 0.75 * np.mean([row[name] for row in rows[:5]]), name
+        first, last = (np.mean([row[name] for row in part]) for part in (rows[:5], rows[-5:]))
+        assert last < 0.8 * first, name
 
 
 def test_the_discs_it_saw_are_segmented(learnt):
-    from nucseg.metrics import aji
-
     model, _ = learnt
     found = []
     for seed in range(4):
@@ -525,7 +546,7 @@ def test_the_discs_it_saw_are_segmented(learnt):
         assert scores.min() >= 0
         assert scores.max() <= 1
         found.append(aji(truth, labels))
-    assert np.mean(found) > 0.5, found
+    assert np.mean(found) > 0.7, found
 
 
 def test_both_maps_show_the_discs(learnt):
@@ -534,7 +555,7 @@ def test_both_maps_show_the_discs(learnt):
     for probability in model.semantic_maps(image):
         assert probability.shape == truth.shape
         nuclei = probability > 0.5
-        assert 2 * (nuclei & (truth > 0)).sum() / (nuclei.sum() + (truth > 0).sum()) > 0.75
+        assert 2 * (nuclei & (truth > 0)).sum() / (nuclei.sum() + (truth > 0).sum()) > 0.85
 
 
 def test_an_image_without_nuclei_and_odd_sizes_are_predicted(learnt):

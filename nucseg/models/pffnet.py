@@ -20,8 +20,8 @@ instances alone (overlaps by A33). `PFFNet.semantic_maps` returns both maps for 
 
 Deviations, and why:
 
-- The house's `MaskRCNN` with its sampling, thresholds and counts, and any encoder with frozen BatchNorm instead of
-  ResNet101 with GroupNorm, so that Table IV compares what the systems add and not what they start from.
+- The house's `MaskRCNN` with its sampling and counts, and any encoder with frozen BatchNorm instead of ResNet101 with
+  GroupNorm, so that Table IV compares what the systems add and not what they start from.
 - Anchors from 8 px instead of 32..512: on nuclei of 10-40 px the published ones miss most (REFERENCE section 6).
 - Where boxes overlap, the highest mask logit stands, so that a nucleus counts once however many RoIs show it.
 - Groups of eight channels instead of 32 groups, the same at the published width of 256.
@@ -76,6 +76,7 @@ class PFFNetConfig(MaskRCNNConfig):
         Weight of the quality head's squared error. At 0 there is no such head, and scores are those of the boxes.
     """
 
+    nms: float = 0.3  # as published
     fusion: Literal["attention", "paste"] = "attention"
     semantic_width: int = 64
     quality_widths: tuple[int, ...] = (256, 256, 256, 256)
