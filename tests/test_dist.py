@@ -318,3 +318,14 @@ def test_true_distances_give_back_kumars_nuclei(real_data):
     labels = np.ascontiguousarray(sample.labels[:400, :400])
     _, highest = bounds(labels)
     assert aji(labels, instances_from_distance(highest, DistConfig(depth=1.0)).labels) > 0.95
+
+
+@pytest.mark.gpu
+def test_a_captured_bf16_training_learns():
+    config = TrainingConfig(
+        iterations=40, batch=4, crop=64, lr=0.01, precision="bf16", cuda_graph=True, log_every=1, validate_every=0
+    )
+    result = train(small().cuda(), [picture(seed) for seed in range(4)], config)
+    losses = [row["distance"] for row in result.curve]
+    assert len(set(losses)) == 40
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from nucseg.data import load_dataset
 from nucseg.encoders import EncoderError
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
@@ -374,3 +375,22 @@ def test_micronet_learns_to_tell_ellipses_apart():
     found = model.predict_instances(image)
     assert found.labels.max() == len(found.scores)
     assert aji(labels, found.labels) > 0.5
+
+
+def test_eroded_truth_gives_back_kumars_nuclei(real_data):
+    sample = load_dataset("kumar", real_data).val[0]
+    labels = np.ascontiguousarray(sample.labels[:400, :400])
+    assert aji(labels, instances_from_probability(true_maps(labels), MicroNetConfig()).labels) > 0.98
+
+
+@pytest.mark.gpu
+def test_a_captured_training_counts_every_call():
+    config = TrainingConfig(
+        iterations=25, batch=4, crop=64, precision="bf16", cuda_graph=True, log_every=1, validate_every=0
+    )
+    model = small().cuda()
+    result = train(model, [picture(seed) for seed in range(4)], config)
+    assert model.calls == 25
+    assert len({row["main"] for row in result.curve}) == 25
+    shares = [row["auxiliary"] / row["main"] for row in result.curve]
+    assert np.mean(shares[20:]) < 0.6 * np.mean(shares[:10])  # in the third epoch and in the first
