@@ -266,6 +266,30 @@ def test_quality_stays_between_0_and_1_whatever_the_grid():
     assert got.max() > 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_step_measures_the_thresholded_masks_on_the_pixels_of_the_labels(model, monkeypatch, scale):
+    """A mask head that says 0.57 everywhere finds whole boxes, each around the nucleus that it is measured against."""
+    model.config = dataclasses.replace(TINY, scale=scale)
+    images, labels = batch()
+    said = {}
+
+    def watched(masks, truth, known, boxes, area):
+        said.update(masks=masks, boxes=boxes, area=area, quality=mask_quality(masks, truth, known, boxes, area))
+        return said["quality"]
+
+    monkeypatch.setattr("nucseg.models.pffnet.mask_quality", watched)
+    monkeypatch.setattr(model.mask_head, "forward", lambda pooled: torch.full((len(pooled), 14, 14), 0.3))
+    losses_of(model, images, labels)
+    assert said["masks"].all()
+    size = (said["boxes"][:, 2:] - said["boxes"][:, :2]).prod(dim=1)
+    counts = {np.count_nonzero(one == value) for one in labels.numpy() for value in np.unique(one)[1:]}
+    assert set(said["area"].tolist()) <= counts
+    # With IoU >= 0.5 of the boxes; a disc fills pi / 4 of its box, or less where another one covers it.
+    assert (said["area"] / size).max() < 2
+    assert 0.5 < (said["area"] / size).median() < 1
+    assert said["quality"].median() > 0.5
+
+
 def test_quality_multiplies_the_score_of_the_box(model, monkeypatch):
     image, _ = discs(5)
     model.config = dataclasses.replace(TINY, score=0.0)
