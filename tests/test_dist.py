@@ -303,10 +303,10 @@ def test_what_follows_the_network_can_be_sent_to_a_process():
 def test_dist_learns_to_tell_ellipses_apart():
     model = small()
     pairs = [picture(seed) for seed in range(4)]
-    config = TrainingConfig(iterations=80, batch=4, crop=64, lr=0.01, log_every=20, validate_every=0)
+    config = TrainingConfig(iterations=60, batch=3, crop=64, lr=0.01, log_every=20, validate_every=0)
     result = train(model, pairs, config, seed=1)
     losses = [row["distance"] for row in result.curve]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     image, labels = picture(9)
     found = model.predict_instances(image)
     assert found.labels.max() == len(found.scores)

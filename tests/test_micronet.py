@@ -141,13 +141,13 @@ def fixed_logits(monkeypatch, model, *logits):
 
 def test_the_loss_is_the_weighted_cross_entropy_over_the_known_pixels(monkeypatch):
     model = small().eval()
-    labels = np.stack([ellipses(seed=s) for s in range(2)])
-    labels[:, 20:60, 30:70] = IGNORE
+    labels = np.stack([ellipses(48, count=6, seed=s) for s in range(2)])
+    labels[:, 10:30, 15:35] = IGNORE
     maps = torch.from_numpy(labels)
     rng = torch.Generator().manual_seed(0)
-    said = [torch.randn(2, 2, 96, 96, generator=rng) for _ in range(4)]
+    said = [torch.randn(2, 2, 48, 48, generator=rng) for _ in range(4)]
     fixed_logits(monkeypatch, model, *said)
-    terms = model.loss(torch.zeros(2, 3, 96, 96), maps)
+    terms = model.loss(torch.zeros(2, 3, 48, 48), maps)
     known, eroded = labels != IGNORE, erode(maps)
     weights = border_weights(eroded, 10.0, 5.0).numpy()
     expected = []
@@ -366,11 +366,11 @@ def test_what_follows_the_network_can_be_sent_to_a_process():
 def test_micronet_learns_to_tell_ellipses_apart():
     model = small()
     pairs = [picture(seed) for seed in range(4)]
-    config = TrainingConfig(iterations=80, batch=2, crop=64, lr=5e-3, log_every=20, validate_every=0)
+    config = TrainingConfig(iterations=60, batch=2, crop=64, lr=5e-3, log_every=20, validate_every=0)
     result = train(model, pairs, config, seed=1)
     losses = [row["main"] for row in result.curve]
-    assert losses[-1] < 0.5 * losses[0], losses
-    assert model.calls == 80
+    assert losses[-1] < 0.6 * losses[0], losses
+    assert model.calls == 60
     image, labels = picture(9)
     found = model.predict_instances(image)
     assert found.labels.max() == len(found.scores)
