@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores; torch reads it when imported
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
 
 # Shapes in the annotations of tensor functions are enforced in tests, and in tests only.
 _TYPED = ("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models")

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from nuclei import depth_by_nucleus, ellipses, picture, two_touching
 from scipy import ndimage
 
 from nucseg.data import load_dataset
@@ -12,7 +13,8 @@ from nucseg.encoders import EncoderError
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
 from nucseg.metrics import aji
-from nucseg.models.dist import Dist, DistConfig, distance_bounds, instances_from_distance
+from nucseg.models.dist import Dist, DistConfig, instances_from_distance
+from nucseg.models.distances import distance_bounds
 from nucseg.training import TrainingConfig, train
 
 SMALL = DistConfig(features=8, halvings=3, reach=16, inference=InferenceConfig(tile=128, overlap=32))
@@ -24,96 +26,6 @@ def small(seed=0, config=SMALL):
         return Dist(config=config)
 
 
-def ellipses(size=96, count=14, seed=0):
-    """Overlapping ellipses, later ones on top, with ids far apart."""
-    rng = np.random.default_rng(seed)
-    labels = np.zeros((size, size), dtype=np.int32)
-    yy, xx = np.mgrid[:size, :size]
-    for i in range(count):
-        y, x = rng.uniform(0, size, 2)
-        a, b = rng.uniform(4, 10, 2)
-        labels[((yy - y) / a) ** 2 + ((xx - x) / b) ** 2 < 1] = 3 + 11 * i
-    return labels
-
-
-def picture(seed=0, size=96):
-    labels = ellipses(size, seed=seed)
-    rng = np.random.default_rng(seed)
-    image = np.where(labels[..., None] > 0, (90, 60, 130), (225, 170, 205)) + rng.integers(-15, 16, (size, size, 3))
-    return image.astype(np.uint8), labels
-
-
-def two_touching(size=64):
-    labels = np.zeros((size, size), dtype=np.int32)
-    yy, xx = np.mgrid[:size, :size]
-    labels[(yy - 32) ** 2 + (xx - 22) ** 2 < 100] = 1
-    labels[((yy - 32) ** 2 + (xx - 41) ** 2 < 100) & (labels == 0)] = 2
-    return labels
-
-
-def by_nucleus(labels, border_is_an_edge=False):
-    """SciPy's chessboard distance transform of each nucleus alone."""
-    depth = np.zeros(labels.shape)
-    for i in np.unique(labels[labels > 0]):
-        mask = np.pad(labels == i, 1) if border_is_an_edge else labels == i
-        distance = ndimage.distance_transform_cdt(mask, "chessboard")
-        depth += distance[1:-1, 1:-1] if border_is_an_edge else distance
-    return depth
-
-
-def bounds(labels, reach=32):
-    return [found.numpy() for found in distance_bounds(torch.from_numpy(np.atleast_3d(labels.T).T), reach)]
-
-
-def test_bounds_equal_a_loop_over_nuclei_with_and_without_the_border():
-    maps = np.stack([ellipses(seed=s) for s in range(3)] + [np.zeros((96, 96), dtype=np.int32)])
-    lowest, highest = bounds(maps)
-    for i, labels in enumerate(maps):
-        np.testing.assert_array_equal(highest[i], by_nucleus(labels))
-        np.testing.assert_array_equal(lowest[i], by_nucleus(labels, border_is_an_edge=True))
-    assert (highest > lowest).any()
-    assert highest.max() > 5
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_true_distance_lies_between_the_bounds_of_a_crop_with_holes(seed):
-    labels = ellipses(140, count=45, seed=seed)
-    truth = by_nucleus(labels)[22:118, 30:126]
-    crop = labels[22:118, 30:126].copy()
-    crop[20:50, 30:70] = IGNORE
-    crop[ellipses(seed=seed + 10) > 120] = IGNORE
-    lowest, highest = (found[0] for found in bounds(crop))
-    known = crop != IGNORE
-    assert (lowest <= truth)[known].all()
-    assert (truth <= highest)[known].all()
-    assert not highest[crop == 0].any()
-    edge = np.pad(~known, 1, constant_values=True)
-    far = ndimage.distance_transform_cdt(~edge, "chessboard")[1:-1, 1:-1] > truth  # the edge is nearer
-    assert (lowest == highest)[known & far].all()
-    assert 0.05 < (lowest < highest)[known & (crop > 0)].mean() < 0.6
-
-
-def test_bounds_turn_with_the_nuclei_and_do_not_depend_on_their_ids():
-    labels = ellipses()
-    plain = bounds(labels)
-    for change in (np.flipud, np.fliplr, np.transpose, np.rot90):
-        turned = bounds(np.ascontiguousarray(change(labels)))
-        assert all(np.array_equal(change(a[0]), b[0]) for a, b in zip(plain, turned, strict=True))
-    other = bounds(np.where(labels > 0, 5000 - labels, 0))
-    assert all(np.array_equal(a, b) for a, b in zip(plain, other, strict=True))
-
-
-def test_no_distance_is_longer_than_the_reach():
-    labels = np.ones((40, 40), dtype=np.int32)
-    labels[20:, :5] = 0
-    full = by_nucleus(labels)
-    for reach in (1, 2, 7):
-        lowest, highest = (found[0] for found in bounds(labels, reach))
-        np.testing.assert_array_equal(highest, np.minimum(full, reach))
-        assert lowest.max() == min(reach, 20)
-    assert (bounds(np.ones((32, 32), dtype=np.int32), 9)[1] == 9).all()  # no edge in sight
-
-
 def test_the_loss_is_the_mean_squared_error_and_nothing_between_the_bounds(monkeypatch):
     model = small()
     labels = np.zeros((1, 64, 64), dtype=np.int32)
@@ -123,7 +35,7 @@ def test_the_loss_is_the_mean_squared_error_and_nothing_between_the_bounds(monke
     said = 5 * torch.rand(1, 64, 64, generator=rng)
     monkeypatch.setattr(model, "distances", lambda images: said)
     images = torch.zeros(1, 3, 64, 64)
-    expected = ((said[0].numpy() - by_nucleus(labels[0])) ** 2).mean()  # nothing is cut: all is certain
+    expected = ((said[0].numpy() - depth_by_nucleus(labels[0])) ** 2).mean()  # nothing is cut: all is certain
     assert model.loss(images, maps)["distance"].item() == pytest.approx(expected, rel=1e-5)
 
     cut = maps[:, 24:, :32].contiguous()
@@ -177,7 +89,7 @@ def mean_iou(true, pred):
 
 
 def true_maps(labels):
-    return by_nucleus(labels)[None].astype(np.float32)
+    return depth_by_nucleus(labels)[None].astype(np.float32)
 
 
 def test_true_distances_give_back_the_nuclei_also_where_they_touch():
@@ -316,8 +228,8 @@ def test_dist_learns_to_tell_ellipses_apart():
 def test_true_distances_give_back_kumars_nuclei(real_data):
     sample = load_dataset("kumar", real_data).val[0]
     labels = np.ascontiguousarray(sample.labels[:400, :400])
-    _, highest = bounds(labels)
-    assert aji(labels, instances_from_distance(highest, DistConfig(depth=1.0)).labels) > 0.95
+    _, highest = distance_bounds(torch.from_numpy(labels)[None], 32)
+    assert aji(labels, instances_from_distance(highest.numpy(), DistConfig(depth=1.0)).labels) > 0.95
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nuclei import ellipses, picture, two_touching
 from safetensors.torch import save_file
 from scipy import ndimage
 
@@ -16,18 +17,6 @@ from nucseg.models.hovernet import HoverNet, HoverNetConfig
 from nucseg.training import TrainingConfig, train
 
 SMALL = HoverLiteConfig(widths=(16, 16, 8, 8), frozen=2, inference=InferenceConfig(tile=128, overlap=32))
-
-
-def ellipses(size=96, count=14, seed=0):
-    """Overlapping ellipses, later ones on top, with ids far apart."""
-    rng = np.random.default_rng(seed)
-    labels = np.zeros((size, size), dtype=np.int32)
-    yy, xx = np.mgrid[:size, :size]
-    for i in range(count):
-        y, x = rng.uniform(0, size, 2)
-        a, b = rng.uniform(4, 10, 2)
-        labels[((yy - y) / a) ** 2 + ((xx - x) / b) ** 2 < 1] = 3 + 11 * i
-    return labels
 
 
 def hv_by_loop(labels, smallest):
@@ -182,14 +171,6 @@ def mean_iou(true, pred):
     return float(np.mean(scores))
 
 
-def two_touching(size=64):
-    labels = np.zeros((size, size), dtype=np.int32)
-    yy, xx = np.mgrid[:size, :size]
-    labels[(yy - 32) ** 2 + (xx - 22) ** 2 < 100] = 1
-    labels[((yy - 32) ** 2 + (xx - 41) ** 2 < 100) & (labels == 0)] = 2
-    return labels
-
-
 def test_true_maps_give_back_the_nuclei_also_where_they_touch():
     labels = two_touching()
     assert ndimage.label(labels)[1] == 1
@@ -259,18 +240,11 @@ def test_models_are_found_by_name_and_typos_are_named():
         build("hoverlite", config=HoverNetConfig())
 
 
-def nuclei_picture(seed=0, size=96):
-    labels = ellipses(size, seed=seed)
-    rng = np.random.default_rng(seed)
-    image = np.where(labels[..., None] > 0, (90, 60, 130), (225, 170, 205)) + rng.integers(-15, 16, (size, size, 3))
-    return image.astype(np.uint8), labels
-
-
 def test_hoverlite_learns_in_forty_steps():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build("hoverlite", config=SMALL)
-    pairs = [nuclei_picture(seed) for seed in range(4)]
+    pairs = [picture(seed) for seed in range(4)]
     fixed = model.encoder.net.conv_stem.weight.clone()
     deep = model.encoder.net.blocks[6][0].conv_pw.weight.clone()
     config = TrainingConfig(iterations=40, batch=2, crop=64, lr=5e-3, log_every=40, validate_every=0)
@@ -278,7 +252,7 @@ def test_hoverlite_learns_in_forty_steps():
     assert result.curve[-1]["np_dice"] < 0.7
     assert torch.equal(model.encoder.net.conv_stem.weight, fixed)
     assert not torch.equal(model.encoder.net.blocks[6][0].conv_pw.weight, deep)
-    image, labels = nuclei_picture(9)
+    image, labels = picture(9)
     found = model.predict_instances(image)
     assert found.labels.shape == labels.shape
     assert found.labels.max() == len(found.scores)
@@ -345,7 +319,7 @@ def test_hovernet_overfits_one_small_crop():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build("hovernet", config=HoverNetConfig(mirror=False)).train()
-    image, labels = nuclei_picture(size=104)
+    image, labels = picture(size=104)
     images = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
     maps = torch.from_numpy(labels)[None]
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from nuclei import ellipses, picture, two_touching
 from scipy import ndimage
 
 from nucseg.data import load_dataset
@@ -30,33 +31,6 @@ def small(seed=0, config=SMALL):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MicroNet(config=config)
-
-
-def ellipses(size=96, count=14, seed=0):
-    """Overlapping ellipses, later ones on top, with ids far apart."""
-    rng = np.random.default_rng(seed)
-    labels = np.zeros((size, size), dtype=np.int32)
-    yy, xx = np.mgrid[:size, :size]
-    for i in range(count):
-        y, x = rng.uniform(0, size, 2)
-        a, b = rng.uniform(4, 10, 2)
-        labels[((yy - y) / a) ** 2 + ((xx - x) / b) ** 2 < 1] = 3 + 11 * i
-    return labels
-
-
-def picture(seed=0, size=96):
-    labels = ellipses(size, seed=seed)
-    rng = np.random.default_rng(seed)
-    image = np.where(labels[..., None] > 0, (90, 60, 130), (225, 170, 205)) + rng.integers(-15, 16, (size, size, 3))
-    return image.astype(np.uint8), labels
-
-
-def two_touching(size=64):
-    labels = np.zeros((size, size), dtype=np.int32)
-    yy, xx = np.mgrid[:size, :size]
-    labels[(yy - 32) ** 2 + (xx - 22) ** 2 < 100] = 1
-    labels[((yy - 32) ** 2 + (xx - 41) ** 2 < 100) & (labels == 0)] = 2
-    return labels
 
 
 def batch(*maps):

@@ -34,7 +34,11 @@ REGISTRY = {
     "maskrcnn": Entry("nucseg.models.maskrcnn", "MaskRCNN", "MaskRCNNConfig"),
     "hoverlite": Entry("nucseg.models.hoverlite", "HoverLite", "HoverLiteConfig", teachable=True),
     "hovernet": Entry("nucseg.models.hovernet", "HoverNet", "HoverNetConfig", "preact-resnet50", teachable=True),
+    "dist": Entry("nucseg.models.dist", "Dist", "DistConfig", "unet"),
+    "micronet": Entry("nucseg.models.micronet", "MicroNet", "MicroNetConfig", "micronet"),
     "mdcnet": Entry("nucseg.models.mdcnet", "MDCNet", "MDCNetConfig"),
+    "dpmsff": Entry("nucseg.models.pffnet", "DPMSFF", "DPMSFFConfig"),
+    "pffnet": Entry("nucseg.models.pffnet", "PFFNet", "PFFNetConfig"),
 }
 
 

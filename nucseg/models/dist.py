@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from nucseg.encoders import EncoderError
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
-from nucseg.models.base import Instances
+from nucseg.models.base import Instances, check_own_encoder
 from nucseg.models.decoder import block, to_multiple_of_32
-from nucseg.models.maps import MapSegmenter, score_instances
+from nucseg.models.distances import distance_bounds
+from nucseg.models.maps import MapSegmenter, mark_the_rest, score_instances
 
 ENCODER = "unet"
 
@@ -112,8 +113,7 @@ class Dist(MapSegmenter):
     ):
         config = config or DistConfig()
         super().__init__(config.inference)
-        if encoder != ENCODER:
-            raise EncoderError(f"dist: its encoder is {ENCODER!r}, got {encoder!r}; 'hoverlite' takes any encoder")
+        check_own_encoder("dist", ENCODER, encoder)
         if weights is not None and pretrained:
             raise EncoderError(f"dist: starts from random weights and cannot use {weights}")
         self.config = config
@@ -158,48 +158,6 @@ class Dist(MapSegmenter):
         return partial(instances_from_distance, config=self.config)
 
 
-def distance_bounds(
-    label_maps: Int[Tensor, "b h w"], reach: int
-) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-    """Bound the chessboard distance of each pixel to what is not its nucleus, as far as a crop can tell.
-
-    A pixel of a nucleus beside another nucleus or the background has 1, the background has 0. All nuclei of a batch are
-    eroded together, `reach` times by 3x3 pixels: after one erosion no two of them touch.
-
-    Parameters
-    ----------
-    label_maps
-        Any ids below 2^24.
-    reach
-        No distance is longer.
-
-    Returns
-    -------
-    lowest
-        If nothing beyond the crop's border and under `nucseg.labels.IGNORE` belonged to the nucleus.
-    highest
-        If it all did. Both are equal where the edge of the nucleus is nearer than anything unknown. What they are
-        under IGNORE itself has no meaning.
-    """
-    ids = label_maps.float()
-    unknown = label_maps == IGNORE
-    inside = (ids > 0).float()
-    # Pooling sees beyond the border what is least: nothing counts there as an edge.
-    largest = F.max_pool2d(ids, 3, 1, 1)
-    smallest = -F.max_pool2d(torch.where(unknown, -torch.inf, -ids), 3, 1, 1)
-    at_most = ((largest == smallest) & (largest > 0)) | (largest < 0)  # one nucleus, or nothing known
-    at_least = at_most & (F.max_pool2d(unknown.float(), 3, 1, 1) == 0)
-    at_least = F.pad(at_least[:, 1:-1, 1:-1], (1, 1, 1, 1))  # a pixel at the border is beside the unknown
-    left = torch.stack((at_least, at_most)).flatten(0, 1).float()
-    distance = torch.cat((inside, inside))
-    for i in range(reach - 1):
-        if i:
-            left = -F.max_pool2d(-left, 3, 1, 1)
-        distance = distance + left
-    distance = distance * torch.cat((inside, inside))
-    return distance[: len(ids)], distance[len(ids) :]
-
-
 def instances_from_distance(maps: Float[np.ndarray, "1 h w"], config: DistConfig) -> Instances:
     """Turn a map of distances into nuclei: threshold, H-maxima as markers, watershed (published), and score them.
 
@@ -213,12 +171,8 @@ def instances_from_distance(maps: Float[np.ndarray, "1 h w"], config: DistConfig
         return Instances(np.zeros(mask.shape, dtype=np.int32), np.zeros(0, dtype=np.float32))
     height = np.where(mask, distance, 0)
     flooded = reconstruction(height - config.depth, height) if config.depth else height
-    markers, n = ndimage.label(local_maxima(flooded) & mask, np.ones((3, 3)))
-    pieces, count = ndimage.label(mask)
-    unmarked = np.setdiff1d(np.arange(1, count + 1), pieces[markers > 0])
-    number = np.zeros(count + 1, dtype=markers.dtype)
-    number[unmarked] = n + 1 + np.arange(unmarked.size)
-    labels = watershed(-height, np.where(markers > 0, markers, number[pieces]), mask=mask)
+    markers, _ = ndimage.label(local_maxima(flooded) & mask, np.ones((3, 3)))
+    labels = watershed(-height, mark_the_rest(markers, mask), mask=mask)
     mean = np.bincount(labels.ravel(), weights=height.ravel()) / np.maximum(np.bincount(labels.ravel()), 1)
     share = mean / (1 + mean)
     return score_instances(labels, share[labels], config.min_area)

@@ -7,30 +7,49 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nucseg.labels import IGNORE
 
-def chessboard_distances(label_maps: Int[Tensor, "b h w"], reach: int = 64) -> Float[Tensor, "b h w"]:
-    """Return how many steps of a king in chess each pixel of a nucleus is away from what is not its nucleus.
 
-    A pixel beside another nucleus, background or `nucseg.labels.IGNORE` has 1, all of these have 0. What lies beyond
-    the image's border is taken to go on as it is inside.
+def distance_bounds(
+    label_maps: Int[Tensor, "b h w"], reach: int
+) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
+    """Bound the chessboard distance of each pixel to what is not its nucleus, as far as a crop can tell.
+
+    A pixel of a nucleus beside another nucleus or the background has 1, the background has 0. All nuclei of a batch are
+    eroded together, `reach` times by 3x3 pixels: after one erosion no two of them touch.
 
     Parameters
     ----------
     label_maps
-        Any ids; those below 1 are no nucleus.
+        Any ids below 2^24.
     reach
-        No distance is longer: the number of erosions. 64 px: a nucleus of 32 um at 0.25 um a pixel.
+        No distance is longer.
+
+    Returns
+    -------
+    lowest
+        If nothing beyond the crop's border and under `nucseg.labels.IGNORE` belonged to the nucleus.
+    highest
+        If it all did. Both are equal where the edge of the nucleus is nearer than anything unknown. What they are
+        under IGNORE itself has no meaning.
     """
-    ids = label_maps.float()[:, None]  # exact up to 2^24
-    highest = F.max_pool2d(ids, 3, 1, 1)
-    lowest = -F.max_pool2d(-ids, 3, 1, 1)
-    inside = ids > 0
-    left = (inside & (highest == lowest)).float()  # after one erosion no two nuclei touch
-    distances = inside.float() + left
-    for _ in range(reach - 2):
-        left = -F.max_pool2d(-left, 3, 1, 1)
-        distances = distances + left
-    return distances[:, 0]
+    ids = label_maps.float()
+    unknown = label_maps == IGNORE
+    inside = (ids > 0).float()
+    # Pooling sees beyond the border what is least: nothing counts there as an edge.
+    largest = F.max_pool2d(ids, 3, 1, 1)
+    smallest = -F.max_pool2d(torch.where(unknown, -torch.inf, -ids), 3, 1, 1)
+    at_most = ((largest == smallest) & (largest > 0)) | (largest < 0)  # one nucleus, or nothing known
+    at_least = at_most & (F.max_pool2d(unknown.float(), 3, 1, 1) == 0)
+    at_least = F.pad(at_least[:, 1:-1, 1:-1], (1, 1, 1, 1))  # a pixel at the border is beside the unknown
+    left = torch.stack((at_least, at_most)).flatten(0, 1).float()
+    distance = torch.cat((inside, inside))
+    for i in range(reach - 1):
+        if i:
+            left = -F.max_pool2d(-left, 3, 1, 1)
+        distance = distance + left
+    distance = distance * torch.cat((inside, inside))
+    return distance[: len(ids)], distance[len(ids) :]
 
 
 def of_its_largest(distances: Float[Tensor, "b h w"], label_maps: Int[Tensor, "b h w"], largest_id: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
 from nucseg.models.base import Instances
-from nucseg.models.maps import MapSegmenter, at_least, central, score_instances
+from nucseg.models.maps import MapSegmenter, at_least, central, mark_the_rest, score_instances
 
 
 @dataclass(frozen=True)
@@ -262,13 +262,7 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     edge = np.clip(np.maximum(*falls), 0, 1)
     core = ndimage.binary_fill_holes(mask & (edge < config.edge))
     disc = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
-    markers, n = ndimage.label(at_least(ndimage.binary_opening(core, disc), config.min_marker))
-    blobs, blob_count = ndimage.label(mask)
-    unmarked = np.setdiff1d(np.arange(1, blob_count + 1), blobs[markers > 0])
-    if unmarked.size:
-        number = np.zeros(blob_count + 1, dtype=markers.dtype)
-        number[unmarked] = n + 1 + np.arange(unmarked.size)
-        markers = np.where(markers > 0, markers, number[blobs])
+    markers, _ = ndimage.label(at_least(ndimage.binary_opening(core, disc), config.min_marker))
     height = ndimage.gaussian_filter(edge, 0.8)
-    labels = watershed(height, markers, mask=mask)
+    labels = watershed(height, mark_the_rest(markers, mask), mask=mask)
     return score_instances(labels, probability, config.min_area)

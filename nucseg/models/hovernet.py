@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from nucseg.encoders import EncoderError, read_weights
 from nucseg.inference import InferenceConfig
+from nucseg.models.base import check_own_encoder
 from nucseg.models.hover import HoverConfig, HoverSegmenter
 
 ENCODER = "preact-resnet50"
@@ -84,8 +85,7 @@ class HoverNet(HoverSegmenter):
     ):
         config = config or HoverNetConfig()
         super().__init__(config.hover, config.inference)
-        if encoder != ENCODER:
-            raise EncoderError(f"hovernet: its encoder is {ENCODER!r}, got {encoder!r}; 'hoverlite' takes any encoder")
+        check_own_encoder("hovernet", ENCODER, encoder)
         self.config = config
         fast = config.mode == "fast"
         self.kernel, self.margin, self.stem = (3, 46, 0) if fast else (5, 95, 6)  # stem: pixels that the 7x7 eats

@@ -79,3 +79,20 @@ def at_least(mask: np.ndarray, area: int) -> np.ndarray:
     large = np.bincount(parts.ravel()) >= area
     large[0] = False
     return large[parts]
+
+
+def mark_the_rest(markers: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Make each piece (4-connected) of a mask that holds no marker a marker of its own; (H, W), ids 1..n.
+
+    Parameters
+    ----------
+    markers
+        (H, W) ids 1..n of the markers for a watershed, 0 elsewhere.
+    mask
+        (H, W) bool.
+    """
+    pieces, count = ndimage.label(mask)
+    unmarked = np.setdiff1d(np.arange(1, count + 1), pieces[markers > 0])
+    number = np.zeros(count + 1, dtype=markers.dtype)
+    number[unmarked] = markers.max() + 1 + np.arange(unmarked.size)
+    return np.where(markers > 0, markers, number[pieces])

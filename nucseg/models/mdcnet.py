@@ -27,8 +27,8 @@ from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
 from nucseg.models.base import Instances, origin
 from nucseg.models.decoder import Decoder, at_size, block, check_widths, to_multiple_of_32
-from nucseg.models.distances import chessboard_distances, of_its_largest
-from nucseg.models.maps import MapSegmenter, at_least, score_instances
+from nucseg.models.distances import distance_bounds, of_its_largest
+from nucseg.models.maps import MapSegmenter, at_least, mark_the_rest, score_instances
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class MDCNetConfig:
         Channels of each decoder at strides 16, 8, 4, 2 and, with a fifth number, 1.
     contour_width
         Pixels at the rim of a nucleus that are its contour.
+    reach
+        No distance is longer, pixels: the number of erosions that make the target.
     mask, contour, distance
         Weights of the losses: cross-entropy and Dice for mask and contour, squared error for the distance.
     threshold
@@ -56,6 +58,7 @@ class MDCNetConfig:
 
     widths: tuple[int, ...] = (128, 64, 32, 32, 16)
     contour_width: int = 2
+    reach: int = 32
     mask: float = 1.0
     contour: float = 1.0
     distance: float = 1.0
@@ -72,8 +75,8 @@ class MDCNetConfig:
         for name in ("mask", "contour", "distance", "min_area"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.contour_width < 1:
-            raise ValueError(f"contour_width must be at least 1, got {self.contour_width}")
+        if not 1 <= self.contour_width < self.reach:
+            raise ValueError(f"contour_width must be at least 1 and below reach, got {self.contour_width}")
 
 
 class MDCNet(MapSegmenter):
@@ -107,7 +110,8 @@ class MDCNet(MapSegmenter):
         """Return the terms ``mask``, ``contour`` and ``distance``."""
         maps, config = self._predict(images), self.config
         known = label_maps != IGNORE
-        distances = chessboard_distances(label_maps)
+        # What a crop's border cuts goes on beyond it, so that no contour is taught there.
+        _, distances = distance_bounds(label_maps, config.reach)
         largest = int(label_maps.max()) if self.largest_id is None else self.largest_id
         contour = (distances > 0) & (distances <= config.contour_width)
         relative = of_its_largest(distances, label_maps, max(largest, 0))
@@ -156,10 +160,6 @@ def nuclei_of(maps: Float[np.ndarray, "3 h w"], config: MDCNetConfig) -> Instanc
     lowered = np.clip(depth - max(round(config.depth * 255), 1), 0, None)
     # Maxima of the reconstruction, not skimage's `h_maxima`, which parts two equal tops whatever lies between them.
     maxima = local_maxima(reconstruction(lowered, depth).astype(np.int16)) & mask
-    markers, n = ndimage.label(maxima, structure=np.ones((3, 3)))
-    pieces, count = ndimage.label(mask)
-    unmarked = np.setdiff1d(np.arange(1, count + 1), pieces[markers > 0])
-    number = np.zeros(count + 1, dtype=markers.dtype)
-    number[unmarked] = n + 1 + np.arange(unmarked.size)
-    markers = np.where(markers > 0, markers, number[pieces])
-    return score_instances(watershed(-depth, markers, mask=mask), mask_probability, config.min_area)
+    markers, _ = ndimage.label(maxima, structure=np.ones((3, 3)))
+    labels = watershed(-depth, mark_the_rest(markers, mask), mask=mask)
+    return score_instances(labels, mask_probability, config.min_area)
