@@ -223,7 +223,9 @@ def import_annotations(
 def train(
     dataset: Annotated[Path, typer.Argument(help="A folder of images/ with labels/.")],
     out: OutOption,
-    segmenter: Annotated[str, typer.Option(help="hoverlite, maskrcnn or hovernet.")] = "hoverlite",
+    segmenter: Annotated[
+        str, typer.Option(help="hoverlite, hovernet, maskrcnn, pffnet, dpmsff, mdcnet, dist or micronet.")
+    ] = "hoverlite",
     profile: ProfileOption = "sample",
     seed: SeedOption = 0,
     device: DeviceOption = "",

@@ -12,10 +12,6 @@ from dataclasses import dataclass, field
 from nucseg.config import check_name
 from nucseg.paper import TABLES, Row, rows
 
-SELECTIONS = ("cps", "cps-no-2nd", "cps-no-3rd", "kmeans", "random-crop", "random-centre-crop", "all")
-AUGMENTATIONS = ("none", "naive", "csingan", "csingan-no-cwd", "singan", "pix2pix", "cyclegan")
-SEGMENTERS = ("maskrcnn", "hovernet", "hoverlite", "dist", "micronet", "mdcnet", "dpmsff", "pffnet")
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -113,8 +109,11 @@ class GridSettings:
             seeds = getattr(self, name)
             if not seeds or len(set(seeds)) < len(seeds):
                 raise ValueError(f"{name}: expected at least one seed and none twice, got {seeds}")
-        for name in (*self.substitutes, *self.substitutes.values()):
-            check_name("substitutes", name, SEGMENTERS)
+        if self.substitutes:
+            from nucseg.models import REGISTRY  # loads torch, which a reader of results does without
+
+            for name in (*self.substitutes, *self.substitutes.values()):
+                check_name("substitutes", name, REGISTRY)
         for table, keys in self.rows.items():
             known = [row.key for row in rows(table)]
             for key in keys:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nucseg.experiments import AUGMENTATIONS, SEGMENTERS, SELECTIONS
+from nucseg import gan, models
 from nucseg.paper import TABLES, printed, rows
+from nucseg.selection import STRATEGIES
 
 ROWS = [row for table in TABLES for row in rows(table)]
 BY_ID = {row.id: row for row in ROWS}
@@ -20,9 +21,9 @@ def test_row_ids_are_unique_slugs_and_their_specs_use_known_names():
     for row in ROWS:
         assert row.key == row.key.lower()
         assert " " not in row.key
-        assert row.spec.selection in SELECTIONS
-        assert row.spec.augmentation in AUGMENTATIONS
-        assert row.spec.segmenter in SEGMENTERS
+        assert row.spec.selection in {*STRATEGIES, "all"}
+        assert row.spec.augmentation in {*gan.REGISTRY, "naive", "none"}
+        assert row.spec.segmenter in models.REGISTRY
 
 
 @pytest.mark.parametrize(

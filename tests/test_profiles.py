@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
+from nucseg.beyond import experiments
 from nucseg.config import ConfigError
 from nucseg.encoders import EncoderError
 from nucseg.experiments import grid
@@ -10,7 +11,10 @@ from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
-PROFILES = ["h100", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-seeds"]
+PROFILES = [
+    *("h100", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-choices", "sample-models", "sample-seeds"),
+    *("sample-teacher", "sample-teacher-silent"),
+]
 
 
 def test_the_profiles_load_and_name_themselves():
@@ -24,9 +28,27 @@ def test_the_profiles_load_and_name_themselves():
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_lays_out_experiments_for_its_dataset(name):
     profile = load_profile(name)
-    experiments = grid(profile.dataset, profile.grid, TABLES)
-    assert experiments
-    assert profile.ours(profile.dataset) in experiments
+    found = experiments((*TABLES, "S"), profile.dataset, profile.grid)
+    assert found
+    if name not in ("sample-choices", "sample-models"):  # these ask another question
+        assert profile.ours(profile.dataset) in found
+        assert profile.ours(profile.dataset).rounds > 0
+
+
+def test_profiles_set_every_segmenter_that_their_rows_ask_for():
+    for name in PROFILES:
+        profile = load_profile(name)
+        for experiment in grid(profile.dataset, profile.grid, TABLES):
+            assert experiment.segmenter in profile.training, (name, experiment.segmenter)
+
+
+def test_the_silent_teacher_differs_from_the_other_in_its_weight_alone():
+    speaking, silent = load_profile("sample-teacher"), load_profile("sample-teacher-silent")
+    assert speaking.pseudo.method == silent.pseudo.method == "mean-teacher"
+    teacher = dataclasses.replace(silent.pseudo.teacher, weight=speaking.pseudo.teacher.weight)
+    assert speaking.pseudo.teacher.weight > 0 == silent.pseudo.teacher.weight
+    renamed = dataclasses.replace(silent, name=speaking.name, description=speaking.description)
+    assert dataclasses.replace(renamed, pseudo=dataclasses.replace(silent.pseudo, teacher=teacher)) == speaking
 
 
 def test_the_paper_profile_has_the_printed_sizes_and_schedules():

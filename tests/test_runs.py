@@ -88,13 +88,6 @@ def test_a_rerun_that_fails_says_so_and_leaves_the_older_results(no_op, monkeypa
     assert "why it failed" in plan.describe()
 
 
-def test_a_plan_names_rows_whose_model_does_not_exist_yet(place, monkeypatch):
-    monkeypatch.setattr("nucseg.runs.plan.REGISTRY", {"hovernet": None})
-    plan = Plan(TINY, device="cpu")
-    assert {e.segmenter for e in plan.without_model} == {"hoverlite"}
-    assert "no model" in plan.describe()
-
-
 # -- results do not depend on how they were run ----------------------------------------------------------------
 
 

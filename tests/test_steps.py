@@ -10,9 +10,12 @@ from nucseg.augment import AugmentConfig
 from nucseg.crops import CropPool
 from nucseg.mean_teacher import MeanTeacher, MeanTeacherConfig
 from nucseg.models import build
+from nucseg.models.dist import DistConfig
 from nucseg.models.hoverlite import HoverLiteConfig
 from nucseg.models.hovernet import HoverNetConfig
 from nucseg.models.maskrcnn import MaskRCNNConfig
+from nucseg.models.mdcnet import MDCNetConfig
+from nucseg.models.micronet import MicroNetConfig
 from nucseg.steps import Average, Step
 from nucseg.training import TrainingConfig, train
 
@@ -62,15 +65,28 @@ def small(name):
         "hoverlite": HoverLiteConfig(widths=(8, 8, 8, 8)),
         "hovernet": HoverNetConfig(),
         "maskrcnn": MaskRCNNConfig(fpn_channels=16, box_widths=(16,), mask_widths=(16,), train_candidates=50),
+        "dist": DistConfig(features=4, halvings=3),
+        "micronet": MicroNetConfig(width=2),
+        "mdcnet": MDCNetConfig(widths=(8, 8, 8, 8)),
     }[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build(name, None if name == "hovernet" else "efficientnet_lite0", config, pretrained=False)
+        return build(name, "efficientnet_lite0", config, pretrained=False)
 
 
-@pytest.mark.parametrize(("changes", "taught"), [(AugmentConfig(), False), (STRONG, True), (None, False)])
-def test_a_step_of_fixed_shapes_never_waits_for_the_device(changes, taught):
-    model, data, device = small("hoverlite").train(), pairs(), torch.device("cpu")
+@pytest.mark.parametrize(
+    ("name", "changes", "taught"),
+    [
+        ("hoverlite", AugmentConfig(), False),
+        ("hoverlite", STRONG, True),
+        ("hoverlite", None, False),
+        ("dist", AugmentConfig(), False),
+        ("micronet", AugmentConfig(), False),
+        ("mdcnet", AugmentConfig(), False),
+    ],
+)
+def test_a_step_of_fixed_shapes_never_waits_for_the_device(name, changes, taught):
+    model, data, device = small(name).train(), pairs(), torch.device("cpu")
     config = TrainingConfig(batch=2, crop=64, iterations=10, ema=0.9, precision="bf16" if taught else "fp32")
     hook = MeanTeacher([i for i, _ in data], MeanTeacherConfig(), 2, 64, changes, device) if taught else None
     pool = CropPool(data, changes.window(64) if changes else 64, device)
@@ -84,7 +100,9 @@ def test_a_step_of_fixed_shapes_never_waits_for_the_device(changes, taught):
     assert all(torch.isfinite(term) for term in terms.values())
 
 
-@pytest.mark.parametrize(("name", "crop"), [("hoverlite", 64), ("hovernet", 256)])
+@pytest.mark.parametrize(
+    ("name", "crop"), [("hoverlite", 64), ("hovernet", 256), ("dist", 64), ("micronet", 64), ("mdcnet", 64)]
+)
 def test_shapes_of_a_loss_follow_from_shapes_alone(name, crop):
     """On the meta device there are shapes but no values: whatever asks for one fails."""
     with torch.device("meta"):

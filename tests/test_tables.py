@@ -143,18 +143,28 @@ def test_no_printed_number_gets_into_a_column_of_ours(table, dataset, results, t
             assert set(made.frame[name].dropna()) <= values
 
 
-def test_rows_outside_the_profile_say_so_and_a_missing_model_gives_its_reason(results, tmp_path):
+def test_rows_without_results_say_whether_the_profile_runs_them(results, tmp_path):
     settings = dataclasses.replace(SETTINGS, rows={"IV": ("mrcnn", "dist", "hovernet-ours")})
     lines = results[~results["segmenter"].isin(["dist", "micronet"])]
-    made = make_table("IV", lines, "kumar", settings, reasons={"dist": "no such model yet"})
+    made = make_table("IV", lines, "kumar", settings)
     status = made.frame.set_index("id")["status"]
     assert status["IV.mrcnn"] == "run"
-    assert status["IV.dist"] == "no such model yet"
+    assert status["IV.dist"] == NOT_YET
     assert status["IV.micronet"] == NOT_IN_PROFILE
     assert status["IV.hovernet"] == "run"  # there are results, whatever the profile asks for
     for path in write_table(made, tmp_path):
-        assert "no such model yet" in path.read_text()
+        assert NOT_YET in path.read_text()
         assert NOT_IN_PROFILE in path.read_text()
+
+
+def test_table_4_says_what_each_system_started_from_and_which_are_our_reading(results):
+    lines = results.assign(encoder=results["segmenter"].map({"dist": "unet (random weights)"}).fillna("lite0"))
+    notes = " ".join(make_table("IV", lines, "kumar", SETTINGS).notes)
+    assert "Encoders: dist unet (random weights); dpmsff lite0; hovernet lite0;" in notes
+    assert "MDC-Net is our reading" in notes
+    assert "DPMSFF is our reading" in notes
+    without = make_table("IV", lines[~lines["segmenter"].isin(["mdcnet", "dpmsff"])], "kumar", SETTINGS)
+    assert "our reading" not in " ".join(without.notes)
 
 
 def test_seen_and_unseen_organs_are_means_of_the_same_images():

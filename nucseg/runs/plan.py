@@ -26,7 +26,6 @@ from nucseg import beyond, metrics
 from nucseg.data import data_root
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.segmentation import Row
-from nucseg.models import REGISTRY
 from nucseg.paper import FIGURE_7, TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
@@ -63,9 +62,7 @@ class Plan:
         self.arguments = (str(profile), dataset, data_root, device)
         self.pipeline = Pipeline(*self.arguments)
         name, settings = self.pipeline.dataset.name, self.pipeline.profile.grid
-        wanted = beyond.experiments(tables, name, settings, len(self.pipeline.dataset.train))
-        self.without_model = tuple(e for e in wanted if e.segmenter not in REGISTRY)
-        self.experiments = tuple(e for e in wanted if e.segmenter in REGISTRY)
+        self.experiments = beyond.experiments(tables, name, settings, len(self.pipeline.dataset.train))
 
     @property
     def results_file(self) -> Path:
@@ -247,7 +244,6 @@ class Plan:
             if state == "running":
                 line += "  " + _who(holder(running_file(self.pipeline, e)))
             lines.append(line)
-        lines += [f"no model {e.selection:18} {e.segmenter}" for e in self.without_model]
         counts = ", ".join(f"{list(states.values()).count(name)} {name}" for name in STATES)
         runs_file = self.results_file.with_name("runs.csv")
         runs = read_runs(runs_file) if runs_file.is_file() else None

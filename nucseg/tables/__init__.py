@@ -6,7 +6,6 @@
 
 from nucseg.tables.table import (
     DATASET_NAMES,
-    NO_MODEL,
     NOT_IN_PROFILE,
     NOT_YET,
     Measured,
@@ -26,7 +25,6 @@ __all__ = [
     "DATASET_NAMES",
     "NOT_IN_PROFILE",
     "NOT_YET",
-    "NO_MODEL",
     "Measured",
     "Table",
     "make_table",

@@ -7,8 +7,6 @@ dataset) and K2 = 4 with CSinGAN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
@@ -24,14 +22,12 @@ _FULL = {"mrcnn-ours": "mrcnn", "hovernet-ours": "hovernet"}
 _PAPER_SETTING = "k1-9-csingan"
 
 
-def forest_frame(
-    results: pd.DataFrame, dataset: str, settings: GridSettings, reasons: Mapping[str, str] | None = None
-) -> pd.DataFrame:
+def forest_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
     """Return every row of Tables I-VI and S with its difference to the row that it is compared with.
 
     Parameters
     ----------
-    results, dataset, settings, reasons
+    results, dataset, settings
         As for `nucseg.tables.make_table`.
 
     Returns
@@ -47,7 +43,7 @@ def forest_frame(
     one_profile(lines)
     made = []
     for table in TABLES:
-        measured = measure(rows(table), lines, dataset, settings, reasons or {})
+        measured = measure(rows(table), lines, dataset, settings)
         by_key = {one.row.key: one for one in measured}
         for one in measured:
             other = by_key.get(_reference(one) or "")

@@ -31,6 +31,11 @@ REFERENCES = {
     "III": "the row 'Ours' (the paper tests nothing here)",
     "IV": "the row 'Hover-net + Ours'",
 }
+READINGS = {
+    "mdcnet": "MDC-Net is our reading of its title (masks, contours, distances): no code of it is public.",
+    "dpmsff": "DPMSFF is our reading of it: PFFNet that pastes instance masks into its semantic map, without "
+    "consistency loss and mask-quality head.",
+}
 SLIPS = {
     "II": (
         "In print, 'CSinGAN(w/o CwD)' equals Table VI's 'K1 = 9 w/o CSinGAN', which is the naive augmentation, while "
@@ -86,6 +91,8 @@ def notes(
         found.append("The images called liver are lung by their TCGA site codes.")
     if table == "IV" and source == dataset:
         found += _footnotes(dataset)
+    if table == "IV":
+        found += _systems(used)
     replaced = sorted({(one.row.spec.segmenter, one.segmenter) for one in measured if "[run with" in one.label})
     found += [f"Rows marked [run with {new}] use {new} in place of the paper's {old}." for old, new in replaced]
     found += _same_runs(measured)
@@ -181,6 +188,14 @@ def _reference(one, measured: Sequence):
 def _other_segmenter(one, measured: Sequence) -> bool:
     reference = _reference(one, measured)
     return reference is not None and reference.segmenter != one.segmenter
+
+
+def _systems(used: pd.DataFrame) -> list[str]:
+    """Say what the segmenters of a table started from, and which are no reproductions."""
+    by_name = used.groupby("segmenter")["encoder"].unique() if len(used) else {}
+    starts = [f"{name} {_all(encoders)}" for name, encoders in by_name.items()]
+    found = [f"Encoders: {'; '.join(starts)}."] if len(starts) > 1 else []
+    return found + [text for name, text in READINGS.items() if name in by_name]
 
 
 def _same_runs(measured: Sequence) -> list[str]:

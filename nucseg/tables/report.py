@@ -13,14 +13,13 @@ from matplotlib.figure import Figure
 
 from nucseg import beyond
 from nucseg.data.tissue import SYNTHETIC_NOTE
-from nucseg.experiments import SEGMENTERS, GridSettings
+from nucseg.experiments import GridSettings
 from nucseg.figures import comparison, style
-from nucseg.models import REGISTRY  # which segmenters exist; their code is not loaded
 from nucseg.paper import TABLES
 from nucseg.profiles import Profile
 from nucseg.results import EXPERIMENT, read_results, read_runs
 from nucseg.store import published
-from nucseg.tables import NO_MODEL, Table, make_tables, write_table
+from nucseg.tables import Table, make_tables, write_table
 from nucseg.tables.forest import forest_frame
 from nucseg.tables.side_by_side import table_4_of_all
 
@@ -99,17 +98,16 @@ def make_report(profile: Profile, dataset: str = "", folder: str | Path | None =
         )
     results = every[every["dataset"] == name]
     runs = read_runs(folder / "runs.csv") if (folder / "runs.csv").is_file() else None
-    reasons = {segmenter: NO_MODEL for segmenter in SEGMENTERS if segmenter not in REGISTRY}
-    tables = {table.number: table for table in make_tables(results, name, settings, runs=runs, reasons=reasons)}
+    tables = {table.number: table for table in make_tables(results, name, settings, runs=runs)}
     extra = {
-        "IV of all": table_4_of_all(every, settings, reasons=reasons),
+        "IV of all": table_4_of_all(every, settings),
         beyond.TABLE: beyond.strategy_table(results, name, settings),
         beyond.BUDGET: beyond.budget_table(results, name, settings),
     }
     curves = [beyond.budget_curve(results, name, settings, against) for against in ("label_share", "label_nuclei")]
     ranks = beyond.strategy_ranks(results, name, settings)
     figures = {
-        "forest": comparison.forest_plot(forest_frame(results, name, settings, reasons)),
+        "forest": comparison.forest_plot(forest_frame(results, name, settings)),
         "budget": comparison.budget_curves(curves),
         "ranks": comparison.rank_plot(ranks) if ranks else None,
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
@@ -13,9 +11,7 @@ from nucseg.tables import DATASET_NAMES, Table, make_table, named, one_profile
 from nucseg.tables import notes as table_notes
 
 
-def table_4_of_all(
-    results: pd.DataFrame, settings: GridSettings, *, reasons: Mapping[str, str] | None = None
-) -> Table | None:
+def table_4_of_all(results: pd.DataFrame, settings: GridSettings) -> Table | None:
     """Make Table IV with all datasets, the best and the second best of each marked.
 
     The paper's three datasets stand first, with or without results, then others that have some. None where
@@ -29,7 +25,7 @@ def table_4_of_all(
     datasets += sorted(found - set(datasets))
     frame = pd.DataFrame()
     for dataset in datasets:
-        one, name = make_table("IV", results, dataset, settings, reasons=reasons).frame, named(dataset)
+        one, name = make_table("IV", results, dataset, settings).frame, named(dataset)
         if frame.empty:
             frame = one[["row", "id", "status"]].copy()
         # A row with results somewhere names its substitute segmenter.

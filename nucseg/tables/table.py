@@ -8,7 +8,6 @@ none of ours. CSV, Markdown, LaTeX and HTML are written from the same frame.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from nucseg.tables import notes as table_notes
 
 NOT_IN_PROFILE = "not run in this profile"
 NOT_YET = "not run yet"
-NO_MODEL = "no such model yet"
 DATASET_NAMES = {"kumar": "Kumar", "tnbc": "TNBC", "monuseg": "MoNuSeg"}
 METRIC_NAMES = {"aji": "AJI", "dice": "Dice", "aji_seen": "AJI-s", "aji_unseen": "AJI-u"}
 COMPARISON = (
@@ -120,7 +118,6 @@ def make_table(
     settings: GridSettings,
     *,
     runs: pd.DataFrame | None = None,
-    reasons: Mapping[str, str] | None = None,
 ) -> Table:
     """Make one table from results.
 
@@ -136,8 +133,6 @@ def make_table(
         The profile's grid: it says which experiments stand behind a row, and which rows are not run.
     runs
         Lines of ``runs.csv``, for the time spent.
-    reasons
-        Why something is missing, by row id, segmenter or augmentation: ``{"dist": "no such model yet"}``.
 
     Raises
     ------
@@ -149,7 +144,7 @@ def make_table(
     results = check_results(results)
     lines = results[results["dataset"] == dataset]
     profile = one_profile(lines)
-    measured = measure(rows(table), lines, dataset, settings, reasons or {})
+    measured = measure(rows(table), lines, dataset, settings)
     source = _source(table, dataset)
     if table == "V":
         frame = pd.DataFrame(_organ_columns(measured, dataset, lines))
@@ -173,10 +168,9 @@ def make_tables(
     settings: GridSettings,
     *,
     runs: pd.DataFrame | None = None,
-    reasons: Mapping[str, str] | None = None,
 ) -> tuple[Table, ...]:
     """Make all six tables; arguments and errors are those of `make_table`."""
-    return tuple(make_table(name, results, dataset, settings, runs=runs, reasons=reasons) for name in TABLES)
+    return tuple(make_table(name, results, dataset, settings, runs=runs) for name in TABLES)
 
 
 def write_table(table: Table, folder: str | Path, suffix: str = "") -> tuple[Path, ...]:
@@ -223,9 +217,7 @@ def _paper(source: str, dataset: str) -> str:
     return "paper" if source == dataset else f"paper ({DATASET_NAMES[source]})"
 
 
-def measure(
-    table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings: GridSettings, reasons: Mapping[str, str]
-) -> list[Measured]:
+def measure(table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings: GridSettings) -> list[Measured]:
     """Find what was measured for each row among the lines of one dataset; errors are those of `make_table`."""
     plans = [experiments_of(row, dataset, settings) for row in table]
     wanted = {experiment for plan in plans for experiment in plan}
@@ -248,9 +240,7 @@ def measure(
         segmenter = settings.segmenter(row)
         label = f"{row.label} [run with {segmenter}]" if found and segmenter != row.spec.segmenter else row.label
         if not found:
-            named = (row.id, segmenter, row.spec.augmentation)
-            default = NOT_YET if settings.runs(row) else NOT_IN_PROFILE
-            status = next((reasons[name] for name in named if name in reasons), default)
+            status = NOT_YET if settings.runs(row) else NOT_IN_PROFILE
         else:
             status = "run" if len(found) == len(planned) else f"{len(found)} of {len(planned)} seeds"
         none = lines.iloc[:0]
