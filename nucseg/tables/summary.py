@@ -59,7 +59,7 @@ def summary() -> pd.DataFrame:
         for dataset, of_dataset in results.groupby("dataset", sort=False):
             arms: dict[tuple, list[Measured]] = {}
             for table in TABLES:
-                for one in measure(rows(table), of_dataset, dataset, settings, {}):
+                for one in measure(rows(table), of_dataset, dataset, settings):
                     if one.found:
                         arms.setdefault(one.planned, []).append(one)
             for same in arms.values():
