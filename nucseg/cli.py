@@ -128,6 +128,22 @@ def tables(profile: ProfileOption = "sample", dataset: DatasetOption = "") -> No
         typer.echo(path)
 
 
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A profile with results.")],
+    second: Annotated[str, typer.Argument(help="The profile that it is compared with.")],
+    dataset: Annotated[str, typer.Option(help="tissue, kumar, tnbc, monuseg or a folder.")] = "kumar",
+    reference: Annotated[
+        str, typer.Option(help="A row of the second, such as III.full, to compare every row of the first with.")
+    ] = "",
+) -> None:
+    """Compare two profiles, row by row, from their results.csv alone: a table beside those of the first."""
+    from nucseg.tables import between
+
+    for path in between.write(first, second, dataset, reference):
+        typer.echo(path)
+
+
 @app.command("compare-schedules")
 def compare_schedules(
     profile: ProfileOption = "sample",

@@ -37,14 +37,15 @@ def cells(frame: pd.DataFrame) -> tuple[list[str], list[list[Cell]]]:
     first = _first_of_ours(columns, "ours ")
     owners = {name: _first_of_ours(columns, f"ours {name[:-7]} ") for name in frame if name.endswith(" status")}
     header = [_heading(name) for name in columns]
-    if first is None:  # nothing was run: say so all the same
+    silent = first is None and "status" in frame  # nothing was run: say so all the same
+    if silent:
         header.insert(1, "ours")
     body = []
     for _, line in frame.iterrows():
         made = [_cell(name, line) for name in columns]
-        if first is None:
+        if silent:
             made.insert(1, Cell(_why(line["status"]), "not-run"))
-        for status, column in (owners or {"status": first}).items():
+        for status, column in (owners or ({"status": first} if first else {})).items():
             why = _why(line[status])
             if why and column is not None:
                 at = columns.index(column)
@@ -94,6 +95,8 @@ def _cell(name: str, line: pd.Series) -> Cell:
         return Cell(f"{_signed(value)} [{_signed(line.get('CI low'))}, {_signed(line.get('CI high'))}]")
     if name == "seeds p":
         return Cell(f"[{_signed(line.get('seeds CI low'))}, {_signed(line.get('seeds CI high'))}] {value:.2g}")
+    if name in ("paired t", "Wilcoxon"):
+        return Cell(f"{value:.2g}")
     if name.endswith(("t p", "Wilcoxon p")):
         return Cell(f"{value:.2g} ({line[f'{name} Holm']:.2g})")
     if name.endswith(" P"):
