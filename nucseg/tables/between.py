@@ -23,8 +23,8 @@ from nucseg.tables.table import Measured, measure, named, over_seeds, paired
 
 NOTES = (
     "AJI: the mean over all test images for each seed, then mean ± standard deviation over the seeds that both have "
-    "(all where they share none). Reference: the second. Differences are paired by test image, seeds averaged first; 95 % "
-    "bootstrap interval over images, p of the paired t-test and of Wilcoxon's, uncorrected.",
+    "(all where they share none). Reference: the second. Differences are paired by test image, seeds averaged first; "
+    "95 % bootstrap interval over images, p of the paired t-test and of Wilcoxon's, uncorrected.",
     OVER_SEEDS,
 )
 
