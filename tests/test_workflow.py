@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from nucseg import annotations, workflow
+from nucseg.data import load_dataset
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
 from nucseg.workflow import WorkflowError
@@ -99,6 +101,56 @@ def test_from_patches_to_label_maps_of_whole_images(training_set, slides, tmp_pa
         assert labels.shape == (160, 192)
         outlined = annotations.read_geojson(tmp_path / "out" / "geojson" / f"{name}.geojson", labels.shape)
         assert np.array_equal(outlined > 0, labels > 0)
+
+
+def test_images_without_outlines_change_the_model_and_are_named_in_its_record(training_set, slides, tmp_path):
+    for name, unlabelled in (("without", ""), ("with", slides[0]), ("again", slides[0])):
+        workflow.train_folder(training_set[0], tmp_path / name, "hoverlite", PROFILE, unlabelled=unlabelled)
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("without", "with", "again")}
+    assert weights["with"] == weights["again"] != weights["without"]
+    record = json.loads((tmp_path / "with" / "model.json").read_text())
+    assert [Path(name).name for name in record["unlabelled"]["images"]] == list(NAMES)
+    assert json.loads((tmp_path / "without" / "model.json").read_text())["unlabelled"] is None
+    assert workflow.load_model(tmp_path / "with").predict(np.zeros((64, 64, 3), np.uint8)).shape == (64, 64)
+
+
+def test_a_segmenter_that_cannot_be_taught_says_which_can(training_set, slides, tmp_path):
+    with pytest.raises(WorkflowError, match="dist cannot learn from images without outlines, only hoverlite, hovernet"):
+        workflow.train_folder(training_set[0], tmp_path, "dist", PROFILE, unlabelled=slides[0])
+    assert not any(tmp_path.iterdir())
+
+
+class Slide:
+    """A slide of which only regions can be read: tissue on the left, glass on the right."""
+
+    def __init__(self, height, width, tissue):
+        self.shape, self.tissue, self.read = (height, width), tissue, 0
+
+    @property
+    def image(self):
+        raise AssertionError("a large image is not read as a whole")
+
+    def region(self, row, col, height, width):
+        self.read += height * width
+        shown = np.full((height, width, 3), 245, np.uint8)
+        shown[:, : max(self.tissue - col, 0)] = (200, 120, 180)
+        return shown
+
+
+def test_of_large_images_windows_are_read_by_their_area_and_glass_is_mostly_avoided():
+    large, small = Slide(8000, 12000, tissue=6000), Slide(2000, 1000, tissue=1000)
+    views = workflow.unlabelled_views([large, small], 8_000_000, seed=1, side=400)
+    assert {view.shape for view in views} == {(400, 400, 3)}
+    assert len(views) == 50
+    assert small.read == 400 * 400
+    assert sum((view < 245).any() for view in views) >= 49
+    again = workflow.unlabelled_views([large, small], 8_000_000, seed=1, side=400)
+    assert all(np.array_equal(a, b) for a, b in zip(views, again, strict=True))
+
+
+def test_small_images_are_looked_at_whole(slides):
+    samples = list(load_dataset(str(slides[0])).samples)
+    assert [view.shape for view in workflow.unlabelled_views(samples, 1_000_000)] == [(160, 192, 3)] * 2
 
 
 def test_the_same_seed_trains_the_same_model(training_set, tmp_path):

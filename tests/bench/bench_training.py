@@ -1,16 +1,20 @@
 """Training rates, side by side: our segmenters, eager and as CUDA graphs, beside torchvision's Mask R-CNN as it comes
 and HoVer-Net by plain loops; our augmentation beside a plain loop.
 
-    python tests/bench/bench_training.py [--quick] [--device cuda] [--out rates.json]
+    python tests/bench/bench_training.py [--quick] [--device cuda] [--seconds S] [--only TEXT] [--out rates.json]
 
-Each rate is the median over short runs that take turns, in images per second at one crop size, with everything that a
-step needs: crops, augmentation, targets, forward, backward, optimiser. Compare the ratios; a rate belongs to its
-machine.
+Each rate is the median over three short runs, in images per second at one crop size, with everything that a step needs:
+crops, augmentation, targets, forward, backward, optimiser. Compare the ratios; a rate belongs to its machine.
+
+On a CPU, whose rate drifts, all take turns. On a GPU each has the memory to itself and leaves nothing behind (HoVer-Net
+alone fills half of 80 GB); peers and what a schedule is chosen by come first, and every rate is printed and written as
+soon as it is there, so a run that is cut off still leaves its numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -29,6 +33,9 @@ from nucseg.models import build, config_class
 from nucseg.models.hover import HoverTargets, hv_targets
 from nucseg.steps import Step
 from nucseg.training import TrainingConfig
+
+# Table IV's other segmenters with the batches of the profile h100; full widths, so on a GPU or by name only.
+OTHERS = {"dist": 16, "micronet": 16, "mdcnet": 32, "dpmsff": 16, "pffnet": 16}
 
 
 def synthetic_pairs(count: int, size: int, nuclei: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -49,7 +56,7 @@ def our_training(name: str, config, encoder: str | None, pairs, batch: int, crop
     """Return a function that does some steps of the training loop and says how many images that were."""
     device = torch.device(device)
     settings = TrainingConfig(batch=batch, crop=crop, **settings)
-    model = build(name, encoder=encoder, config=config, pretrained=name == "hoverlite").to(device)
+    model = build(name, encoder=encoder, config=config, pretrained=False).to(device)  # weights do not change the rate
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     model = model.to(memory_format=layout).train()
     pool, generator = CropPool(pairs, crop, device), torch.Generator(device).manual_seed(0)
@@ -180,18 +187,40 @@ def rate(run: Callable[[int], int], seconds: float, device: str) -> float:
         iterations = min(4 * iterations, 1 + int(iterations * (seconds - passed) / max(passed, 1e-3)))
 
 
+def measure(contenders: dict[str, Callable], seconds: float, turns: int, device: str) -> dict[str, float]:
+    """Make some contenders, let them take turns, and return the median images per second of those that can run."""
+    runs, rates = {}, {}
+    for turn in range(turns + 1):  # the first one is for the warm-up, and for captures
+        for name, make in contenders.items():
+            if turn and name not in runs:
+                continue
+            try:
+                if turn:
+                    rates.setdefault(name, []).append(rate(runs[name], seconds, device))
+                else:
+                    runs[name] = make()
+                    runs[name](5)
+            except Exception as error:  # one contender that cannot run here must not hide the others
+                runs.pop(name, None)
+                print(f"{name}: not run ({type(error).__name__}: {str(error)[:300]})", flush=True)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small crops, one second each: does it run?")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, help="length of each of the three runs; 1 on a GPU, else 20")
     parser.add_argument("--only", default="", help="run only what contains this text")
     parser.add_argument("--out", type=Path, help="write the rates as JSON")
     options = parser.parse_args()
     device, quick = options.device, options.quick
     cuda = device == "cuda"
-    crop, seconds, turns = (128, 1.0, 1) if quick else (256, 8.0 if cuda else 20.0, 3)
+    crop, turns = (128, 1) if quick else (256, 3)
+    seconds = options.seconds or (1.0 if quick or cuda else 20.0)
     pairs = synthetic_pairs(4 if quick else 12, crop if quick else 512, 12 if quick else 120)
     large, precision = (64, "bf16") if cuda else (4, "fp32")
+    encoder = "efficientnet_lite2" if cuda else "efficientnet_lite0"  # of the profile h100, and of sample
     lite = config_class("hoverlite")
     narrow = lite(widths=(64, 32, 16, 16), frozen=5)
 
@@ -206,68 +235,72 @@ def main() -> None:
         peers["hovernet"]: lambda: plain_hovernet_training(pairs, few["hovernet"], crop, device),
     }
     models = {
-        "maskrcnn": ("maskrcnn", None, "efficientnet_lite0"),
+        "maskrcnn": ("maskrcnn", None, encoder),
         "hovernet": ("hovernet", None, None),
-        "hoverlite": ("hoverlite", lite(), "efficientnet_lite0"),
-        "hoverlite narrow, fixed encoder": ("hoverlite", narrow, "efficientnet_lite0"),
+        "hoverlite": ("hoverlite", lite(), encoder),
+        "hoverlite narrow, fixed encoder": ("hoverlite", narrow, encoder),
     }
+    models |= {name: (name, None, encoder) for name in OTHERS if cuda or options.only.startswith(name)}
     ways = {
-        "eager": {"channels_last": False},
         "eager, channels-last": {},
-        "graph": {"channels_last": False, "cuda_graph": True},
         "graph, channels-last": {"cuda_graph": True},
+        "eager": {"channels_last": False},
+        "graph": {"channels_last": False, "cuda_graph": True},
     }
-    for title, arguments in models.items():
-        base = arguments[0]
-        if base in few and title == base:
-            contenders[f"{title} batch {few[base]} fp32, eager, channels-last"] = partial(
-                our_training, *arguments, pairs, few[base], crop, device
-            )
-        batch = few[base] if base in few and not cuda else large
-        for way, settings in ways.items():
-            if "graph" in way and (not cuda or base == "maskrcnn"):  # nothing to capture
+    batches = {"hovernet": 32, **OTHERS} if cuda else few
+    for way, settings in ways.items():
+        for title, arguments in models.items():
+            base = arguments[0]
+            if "graph" in way and (not cuda or base in ("maskrcnn", "dpmsff", "pffnet")):  # nothing to capture
                 continue
+            if base in OTHERS and "channels-last" not in way:  # the layout is the others' question
+                continue
+            batch = batches.get(base, large)
             contenders[f"{title} batch {batch} {precision}, {way}"] = partial(
                 our_training, *arguments, pairs, batch, crop, device, precision=precision, **settings
             )
-    contenders["augmentation and targets, plain loop"] = lambda: plain_augmentation(pairs, large, crop, device)
     contenders[f"augmentation and targets, batch {large}"] = lambda: batch_augmentation(pairs, large, crop, device)
-    runs = {}
-    for name, make in contenders.items():
-        if options.only not in name:
-            continue
-        try:
-            runs[name] = make()
-            runs[name](5)  # warm up, and capture
-        except Exception as error:  # one contender that cannot run here must not hide the others
-            runs.pop(name, None)
-            print(f"{name}: not run ({type(error).__name__}: {error})")
-    rates = {name: [] for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            rates[name].append(rate(run, seconds, device))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    contenders["augmentation and targets, plain loop"] = lambda: plain_augmentation(pairs, large, crop, device)
+    for base, count in few.items():
+        contenders[f"{base} batch {count} fp32, {next(iter(ways))}"] = partial(
+            our_training, *models[base], pairs, count, crop, device
+        )
+    contenders = {name: make for name, make in contenders.items() if options.only in name}
+
+    medians: dict[str, float] = {}
+
+    def save() -> None:
+        if options.out:
+            options.out.write_text(json.dumps({"device": device, "crop": crop, "images_per_second": medians}, indent=1))
+
     print(f"{crop} px, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; images/s")
-    for name, value in medians.items():
-        peer = next((p for model, p in peers.items() if name.startswith(model)), "")
-        ratio = f"{value / medians[peer]:8.2f} x {peer}" if peer in medians else ""
-        print(f"{value:10.2f}  {name:66s}{ratio}")
+    for group in [[name] for name in contenders] if cuda else [list(contenders)]:
+        found = measure({name: contenders[name] for name in group}, seconds, turns, device)
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        medians |= found
+        save()
+        for name, value in found.items():
+            peer = next((p for model, p in peers.items() if name.startswith(model)), "")
+            ratio = f"{value / medians[peer]:8.2f} x {peer}" if peer in medians else ""
+            print(f"{value:10.2f}  {name:66s}{ratio}", flush=True)
     loop, ours = (
         next((v for n, v in medians.items() if text in n), None) for text in ("targets, plain", "targets, batch")
     )
     if loop and ours:
         print(f"augmentation and targets: {ours / loop:.1f} x the plain loop")
-    if any("hoverlite" in name for name in runs):
+    if any("hoverlite" in name for name in medians):
         image = np.tile(pairs[0][0], (2, 2, 1))
         for tta in ("none", "d4"):
-            model = build("hoverlite", config=lite(inference=InferenceConfig(tta=tta, precision=precision))).to(device)
+            config = lite(inference=InferenceConfig(tta=tta, precision=precision))
+            model = build("hoverlite", encoder, config, pretrained=False).to(device)
             model.predict(image)
             began = time.perf_counter()
             model.predict(image)
             passed = medians[f"seconds per {image.shape[0]} px image, averaging {tta}"] = time.perf_counter() - began
             print(f"{passed:10.2f}  s for an image of {image.shape[0]} px, hoverlite, averaging {tta}")
-    if options.out:
-        options.out.write_text(json.dumps({"device": device, "crop": crop, "images_per_second": medians}, indent=1))
+        save()
 
 
 if __name__ == "__main__":
