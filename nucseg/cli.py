@@ -246,7 +246,7 @@ def train(
     seed: SeedOption = 0,
     device: DeviceOption = "",
     unlabelled: Annotated[
-        str, typer.Option(help="A folder of images without outlines to learn from too: twice the time, better masks.")
+        str, typer.Option(help="A folder of images without outlines to learn from too: slower, mostly better.")
     ] = "",
 ) -> None:
     """Train a segmenter on outlined patches."""
