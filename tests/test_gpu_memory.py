@@ -35,6 +35,10 @@ def test_the_need_is_the_highest_peak_of_that_segmenter_with_a_margin():
     assert needed(None, "hoverlite") == UNKNOWN_MB
 
 
+def test_four_that_were_never_measured_fit_an_80_gb_gpu():
+    assert 4 * UNKNOWN_MB <= 78 * 1024  # GiB that such a GPU has to give
+
+
 def other_process(gpu, mb):
     """Hold a reservation as another process would."""
     return claimed(gpu.folder / "999999.json", json.dumps(mb))
