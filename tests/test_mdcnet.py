@@ -127,6 +127,21 @@ def test_it_learns_in_fifty_steps(model):
     assert aji(labels, model.predict(image)) > 0.6
 
 
+@pytest.mark.gpu
+def test_a_captured_bf16_training_learns():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("mdcnet", config=SMALL, pretrained=False).cuda()
+    config = TrainingConfig(
+        iterations=50, batch=4, crop=64, lr=5e-3, precision="bf16", cuda_graph=True, log_every=1, validate_every=0
+    )
+    losses = [row["total"] for row in train(model, [discs(seed=seed) for seed in range(4)], config, seed=1).curve]
+    assert len(set(losses)) == 50
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    image, labels = discs(seed=9)
+    assert model.predict(image).shape == labels.shape
+
+
 @pytest.mark.parametrize("shape", [(32, 32), (70, 41), (33, 100)])
 def test_any_size_keeps_its_resolution(model, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)

@@ -37,6 +37,7 @@ from nucseg.models.semantic import (
     paste_masks,
     semantic_loss,
 )
+from nucseg.training import TrainingConfig, train
 
 TINY = PFFNetConfig(
     strides=(4, 8), anchors=((8.0, 16.0), (24.0, 32.0)), fpn_channels=16, box_widths=(32,), mask_widths=(16, 16),
@@ -597,6 +598,24 @@ def test_an_image_without_nuclei_and_odd_sizes_are_predicted(learnt):
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("network", "config"), [(PFFNet, TINY), (DPMSFF, TINY_DPMSFF)])
+def test_on_a_gpu_the_loss_falls_in_bf16_and_some_or_no_nuclei_are_detected(network, config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = network("efficientnet_lite0", dataclasses.replace(config, batch_norm="train"), pretrained=False).cuda()
+    settings = TrainingConfig(iterations=30, batch=4, crop=64, precision="bf16", log_every=1, validate_every=0)
+    curve = train(model, [discs(5, seed=seed) for seed in range(4)], settings).curve
+    first, last = (np.mean([row["total"] for row in part]) for part in (curve[:5], curve[-5:]))
+    assert last < 0.95 * first
+    image, _ = discs(5)
+    for score, some in ((0.0, True), (1.0, False)):
+        model.config = dataclasses.replace(model.config, score=score)
+        labels, scores = model.predict_instances(image)
+        assert (len(scores) > 0) == (labels.max() > 0) == some
+        assert all(np.isfinite(maps).all() for maps in model.semantic_maps(image))
 
 
 def test_both_names_have_their_own_defaults_and_one_may_take_the_others_switches():

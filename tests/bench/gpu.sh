@@ -16,7 +16,8 @@ mkdir -p "$out"
 part() {  # NAME SECONDS COMMAND...: run it, keep what it prints, go on whatever happens
   local name=$1 limit=$2 began=$SECONDS code=0
   shift 2
-  timeout "$limit" "$@" > "$out/$name.txt" 2>&1 || code=$?
+  # An interrupt, after which pytest still tells what has failed so far.
+  timeout --signal INT --kill-after 5 "$limit" "$@" > "$out/$name.txt" 2>&1 || code=$?
   echo "$name: exit $code after $((SECONDS - began)) of $limit s"
   tail -n 15 "$out/$name.txt" | sed 's/^/    /'
 }
