@@ -26,7 +26,7 @@ from nucseg.store import claimed, holder, locked
 T = TypeVar("T")
 
 # For a segmenter that was never measured: four to an 80 GB GPU, which has 79,900 MB to give. The largest of ours,
-# HoVer-Net with 16 crops of 256 px in bf16, has about 18,000 by counting its tensors, Micro-Net 12,500.
+# HoVer-Net with 16 crops of 256 px in bf16, has about 18,000 by counting its tensors, Micro-Net 11,700.
 UNKNOWN_MB = 19_500
 MARGIN = 1.25  # the allocator holds more than the tensors at their peak
 CONTEXT_MB = 1_000  # of CUDA itself, per process
