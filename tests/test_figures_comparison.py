@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 
 from nucseg.beyond import BudgetCurve
-from nucseg.figures.comparison import BLUE, VERMILION, budget_curves, colour_of, forest_plot, png, rank_plot
+from nucseg.figures.comparison import BLUE, FAINT, VERMILION, budget_curves, colour_of, forest_plot, png, rank_plot
 from nucseg.stats import friedman_nemenyi
 
 
@@ -63,6 +63,32 @@ def test_a_curve_without_points_is_a_line_of_text_and_none_at_all_is_no_figure()
     assert budget_curves([empty]) is None
 
 
+def test_one_budget_makes_no_curve_and_thus_no_figure():
+    one = curve()
+    one = one._replace(points=one.points[one.points["k1"] == 9])
+    assert budget_curves([one]) is None
+    apart = one.points.assign(k1=[9, 6, 3])  # three strategies, each on a budget of its own
+    assert budget_curves([one._replace(points=apart)]) is None
+
+
+def test_strategies_on_one_budget_have_no_panel_but_a_faint_dot_that_the_legend_names():
+    both = curve()
+    single = both.points[(both.points["selection"] != "kmeans") | (both.points["k1"] == 6)]
+    figure = budget_curves([both._replace(points=single)])
+    assert set(panels(figure)) == {"cps"}
+    assert "strategies on one budget only" in texts(figure)
+    assert "the others" not in texts(figure)
+    faint = [line for line in panels(figure)["cps"].lines if line.get_color() == FAINT]
+    assert [(list(line.get_xdata()), line.get_marker()) for line in faint] == [([0.03], "o")]
+
+
+def test_the_legend_names_the_others_only_where_there_are_some():
+    found = texts(budget_curves([curve()]))
+    assert "the others" in found
+    assert "strategies on one budget only" not in found
+    assert "the others" not in texts(budget_curves([curve(strategies=("cps", "random-crop"))]))
+
+
 def test_random_crops_alone_are_drawn_too():
     assert set(panels(budget_curves([curve(strategies=("random-crop",))]))) == {"random-crop"}
 
@@ -114,8 +140,20 @@ def test_the_interval_over_seeds_stands_pale_behind_and_may_leave_the_picture():
     assert pale.get_segments()[0][:, 0].tolist() == [-0.07, 0.01]
     assert pale.get_zorder() < thin.get_zorder()
     assert axis.get_xlim()[1] == pytest.approx(1.08 * 2 * 0.05)
-    assert "interval over seeds" in axis.get_xlabel()
-    assert "seeds;" not in forest_plot(pd.DataFrame([forest()])).axes[0].get_xlabel()
+    assert "pale: interval over seeds; in colour only where both exclude 0" in axis.get_xlabel()
+    alone = forest_plot(pd.DataFrame([forest()])).axes[0].get_xlabel()
+    assert "over seeds" not in alone
+    assert "in colour where it excludes 0" in alone
+
+
+@pytest.mark.parametrize(
+    ("seeds", "colour"),
+    [((-0.06, -0.005), VERMILION), ((-0.07, 0.01), None), ((-0.07, 0.0), None), ((np.nan, np.nan), VERMILION)],
+)
+def test_a_row_whose_interval_over_seeds_holds_0_is_grey_however_clear_the_images_are(seeds, colour):
+    figure = forest_plot(pd.DataFrame([forest(**dict(zip(("seeds CI low", "seeds CI high"), seeds, strict=True)))]))
+    (dot,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert dot.get_color() == (colour or "0.45")
 
 
 def test_a_forest_of_rows_that_were_not_run_is_drawn_all_the_same():

@@ -121,3 +121,14 @@ def test_a_difference_in_the_forest_is_that_of_its_two_rows():
     ].mean()
     full = lines[lines["selection"] == "all"]["aji"].mean()
     assert frame.loc["V.hovernet-ours", "mean difference"] == pytest.approx(own - full)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "label"), [("tissue", "K1 = 6 (paper: 9) w/ CSinGAN"), ("kumar", "K1 = 9 w/ CSinGAN")]
+)
+def test_the_forest_names_the_k1_in_force_and_the_printed_one_where_it_differs(dataset, label):
+    frame = forest_frame(made_up(dataset), dataset, PROFILE.grid).set_index("id")
+    assert frame.loc["VI.k1-9-csingan", "row"].startswith(label)
+    assert frame.loc["VI.k1-9", "against"] == frame.loc["VI.k1-9-csingan", "row"]
+    assert frame.loc["VI.k2-4", "row"].startswith("K2 = 4 w/o CSinGAN")
+    assert frame.loc["VI.k1-12", "row"].startswith("K1 = 8 (paper: 12)" if dataset == "tissue" else "K1 = 12 ")

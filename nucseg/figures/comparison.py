@@ -60,7 +60,9 @@ def png(figure: Figure, colours: int = 64, dpi: int = 100) -> bytes:
 
 
 def budget_curves(curves: Sequence[BudgetCurve]) -> Figure | None:
-    """Draw AJI against what was annotated, one panel per strategy beside random crops; None without any point.
+    """Draw AJI against what was annotated, one panel per strategy beside random crops.
+
+    None where no strategy was run on two budgets: a point is no curve, and Table B has its number.
 
     Parameters
     ----------
@@ -71,13 +73,14 @@ def budget_curves(curves: Sequence[BudgetCurve]) -> Figure | None:
     Returns
     -------
     Figure
-        In each panel its own strategy in colour (band or bar: worst to best seed), random crops in dark grey, the
-        others faint, and full supervision as a dashed line.
+        A panel for each strategy on two budgets or more: this one in colour (band or bar: worst to best seed), random
+        crops in dark grey, the others faint (dots: on one budget only), and full supervision as a dashed line.
     """
     drawn = [curve for curve in curves if len(curve.points)]
-    if not drawn:
+    several = drawn[0].points.groupby("selection").filter(lambda own: own["k1"].nunique() > 1) if drawn else []
+    if not len(several):
         return None
-    best = drawn[0].points.groupby("selection")["mean"].max().sort_values(ascending=False)
+    best = several.groupby("selection")["mean"].max().sort_values(ascending=False)
     panels = [name for name in best.index if name != REFERENCE] or [REFERENCE]
     columns = min(len(panels), COLUMNS)
     lines = -(-len(panels) // columns)
@@ -99,7 +102,7 @@ def budget_curves(curves: Sequence[BudgetCurve]) -> Figure | None:
             below += [f"not drawn against {_AXES[c.against][0]}{_left_out(c)}" for c in curves if not len(c.points)]
         part.supxlabel("\n".join(below), fontsize=8)
         part.supylabel(f"AJI, mean of {curve.images} images", fontsize=8)
-    legend = _budget_legend(drawn[0], len(panels) > 1)
+    legend = _budget_legend(drawn[0], panels)
     figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), fontsize=7.5, frameon=False)
     return figure
 
@@ -109,7 +112,8 @@ def _budget_panel(axis: Axes, curve: BudgetCurve, name: str) -> None:
     axis.axhline(curve.full[0], color=INK, linewidth=0.8, linestyle=DASHED, zorder=1)
     for other, points in curve.points.groupby("selection"):
         if other not in (name, REFERENCE):
-            axis.plot(points["x"], points["mean"], color=FAINT, linewidth=0.8, zorder=1)
+            alone = {"marker": "o", "markersize": 2} if len(points) == 1 else {}
+            axis.plot(points["x"], points["mean"], color=FAINT, linewidth=0.8, zorder=1, **alone)
     for shown, shade, order in ((REFERENCE, INK if name == REFERENCE else GREY, 2), (name, colour, 3)):
         points = curve.points[curve.points["selection"] == shown].sort_values("x")
         if len(points) > 1:
@@ -128,9 +132,12 @@ def _budget_panel(axis: Axes, curve: BudgetCurve, name: str) -> None:
     axis.spines[["left", "bottom"]].set_color(GREY)
 
 
-def _budget_legend(curve: BudgetCurve, several: bool) -> list[Line2D | Patch]:
+def _budget_legend(curve: BudgetCurve, panels: Sequence[str]) -> list[Line2D | Patch]:
+    points = set(curve.points["selection"]) - {REFERENCE, *panels}
     made = [Line2D([], [], color=GREY, linewidth=1.6, marker="o", markersize=3, label=REFERENCE)]
-    made += [Line2D([], [], color=FAINT, linewidth=1.0, label="the others")] * several
+    made += [Line2D([], [], color=FAINT, linewidth=1.0, label="the others")] * (len(panels) > 1)
+    dot = {"linestyle": "", "marker": "o", "markersize": 3, "color": FAINT}
+    made += [Line2D([], [], **dot, label="strategies on one budget only")] * bool(points)
     if (curve.points["seeds"] > 1).any():
         made += [Patch(color=GREY, alpha=0.3, linewidth=0, label="worst to best seed")]
     if np.isfinite(curve.full[0]):
@@ -158,9 +165,10 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     Returns
     -------
     Figure
-        Blue where the interval over images lies above 0, vermilion where it lies below, grey where it holds 0; the
-        numbers stand beside it. The pale bar behind is the interval over seeds, where there are several. Rows that
-        were not run, or not compared, are listed in grey with the reason.
+        Thin: the interval over images, its numbers beside it. The pale bar behind is the interval over seeds, where
+        there are several. Blue where all intervals of a row lie above 0, vermilion where they lie below, else grey:
+        the interval over images alone does not know the luck of the patches. Rows that were not run, or not compared,
+        are listed in grey with the reason.
     """
     lines = _forest_lines(frame)
     height = 0.165 * len(lines)
@@ -191,8 +199,10 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
         axis.text(x, -1.0, text, transform=beside, fontsize=7, color=GREY, ha=align, va="bottom")
     for x, text, align in ((-reach, "◂ reference better", "left"), (reach, "row better ▸", "right")):
         axis.text(x, -1.0, text, fontsize=7, color=VERMILION if x < 0 else BLUE, ha=align, va="bottom")
-    what = "AJI of the row minus AJI of its reference (◇), paired by test image, seeds averaged"
-    axis.set_xlabel(what + "; pale: interval over seeds" * bool(pale), fontsize=8)
+    what = "AJI of the row minus AJI of its reference (◇), paired by test image, seeds averaged\n"
+    what += "thin: interval over images" + "; pale: interval over seeds" * bool(pale)
+    colours = "in colour only where both exclude 0" if pale else "in colour where it excludes 0"
+    axis.set_xlabel(f"{what}; {colours}", fontsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(7))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if abs(x) > 1e-9 else "0"))
     axis.grid(axis="x", color="0.9", linewidth=0.6)
@@ -227,7 +237,9 @@ def _forest_row(axis: Axes, y: int, line: pd.Series, beside) -> None:
         axis.text(1.02, y, line["why"], color=GREY, style="italic", **text)
         return
     mean, low, high = line["mean difference"], line["CI low"], line["CI high"]
-    colour = BLUE if low > 0 else VERMILION if high < 0 else "0.45"
+    # One without an interval over images stays grey; one without several seeds is judged by the images alone.
+    ends = np.array([low, high, *line[["seeds CI low", "seeds CI high"]].dropna()], float)
+    colour = BLUE if (ends > 0).all() else VERMILION if (ends < 0).all() else "0.45"
     if not np.isnan(line["seeds CI low"]):
         axis.hlines(y, line["seeds CI low"], line["seeds CI high"], color=colour, alpha=0.22, linewidth=6, zorder=1.8)
     axis.hlines(y, low, high, color=colour, linewidth=1.6, zorder=2)

@@ -7,6 +7,8 @@ dataset) and K2 = 4 with CSinGAN.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -36,7 +38,8 @@ def forest_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) ->
         Columns ``table``, ``row``, ``id``, ``against`` (label of the reference, or nothing), ``mean difference``,
         ``CI low``, ``CI high`` (AJI, row minus reference; 95 % bootstrap interval over images), ``seeds CI low`` and
         ``seeds CI high`` (the same over seeds, NaN with fewer than two), ``images``, ``seeds``, and ``why``:
-        ``"reference"``, or why there is no difference; nothing where there is one. In the tables' order.
+        ``"reference"``, or why there is no difference; nothing where there is one. In the tables' order. A label of
+        Table VI names the K1 in force, and the printed one where the dataset's K1 is another than the paper's.
     """
     results = check_results(results)
     lines = results[results["dataset"] == dataset]
@@ -66,9 +69,17 @@ def _reference(one: Measured) -> str | None:
     return one.row.reference
 
 
+def _label(one: Measured) -> str:
+    """Return a row's label, with the K1 that its patches were chosen with: Table VI's are scaled to the dataset."""
+    printed, ours = re.match(r"K1 = (\d+)", one.label), one.planned[0].k1
+    if not printed or int(printed[1]) == ours:
+        return one.label
+    return f"K1 = {ours} (paper: {printed[1]}){one.label[printed.end() :]}"
+
+
 def _line(table: str, one: Measured, other: Measured | None) -> dict[str, object]:
     line = {
-        **{"table": table, "row": one.label, "id": one.row.id, "against": "" if other is None else other.label},
+        **{"table": table, "row": _label(one), "id": one.row.id, "against": "" if other is None else _label(other)},
         **dict.fromkeys(DIFFERENCE, np.nan),
         **{"images": one.lines["image_id"].nunique(), "seeds": len(one.found)},
     }
