@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +29,10 @@ MinutesOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where there is one.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
+STRATEGY_HELP = (
+    "cps, cps-standardised, cps-no-2nd, cps-no-3rd, kmeans, typiclust, probcover, k-center, random-crop or "
+    "random-centre-crop."
+)
 TableOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -194,9 +201,10 @@ def select(
     images: Annotated[Path, typer.Argument(help="A folder of images; no labels needed.")],
     out: OutOption,
     k1: Annotated[int, typer.Option("--k1", "-k", help="How many patches to outline.")] = 9,
-    strategy: Annotated[str, typer.Option(help="cps, cps-standardised, kmeans, typiclust, random-crop, ...")] = "cps",
+    strategy: Annotated[str, typer.Option(help=STRATEGY_HELP)] = "cps",
     size: Annotated[int, typer.Option(help="Side of a patch in pixels; 0: the profile's.")] = 0,
     step: Annotated[int, typer.Option(help="Sliding step in pixels; 0: a quarter of the side.")] = 0,
+    tissue: Annotated[float, typer.Option(help="Least share of tissue in a patch; 0 looks at bare glass too.")] = 0.5,
     encoder: Annotated[str, typer.Option(help="Pretrained encoder; empty: the profile's.")] = "",
     profile: ProfileOption = "sample",
     seed: SeedOption = 0,
@@ -210,11 +218,13 @@ def select(
 
     settings = load_profile(profile)
     size = size or settings.selection.size
-    config = replace(settings.selection, size=size, step=step or max(1, size // 4))
+    config = replace(settings.selection, size=size, step=step or max(1, size // 4), tissue=tissue)
     settings = replace(settings, selection=config, encoder=encoder or settings.encoder)
     selection = workflow.select_patches(images, out, k1, strategy, settings, seed, device)
     for rank, patch in enumerate(selection.patches, 1):
         typer.echo(f"{rank:3d}  {patch.image_id}  row {patch.row}  column {patch.col}  {patch.size} px")
+    for note in selection.notes:
+        typer.echo(f"     {note}")
     typer.echo(
         f"{100 * selection.label_share:.2f} % of all pixels. Outline the nuclei in these patches: {out / 'geojson'}"
     )
@@ -226,11 +236,13 @@ def import_annotations(
     selection: Annotated[Path, typer.Argument(help="The folder that 'nucseg select' wrote.")],
     outlines: Annotated[Path, typer.Argument(help="A folder with one .geojson, .xml or label map per image.")],
     out: OutOption,
+    partial: Annotated[bool, typer.Option("--partial", help="Leave out images that have no outlines yet.")] = False,
+    empty: Annotated[bool, typer.Option("--empty", help="Patches without an outline hold no nucleus.")] = False,
 ) -> None:
     """Bring the outlines back: cut the chosen patches out as a training set."""
     from nucseg import workflow
 
-    table = workflow.import_annotations(selection, outlines, out)
+    table = workflow.import_annotations(selection, outlines, out, partial, empty)
     typer.echo(table[["rank", "file", "nuclei"]].to_string(index=False))
     typer.echo(f"{table['nuclei'].sum()} nuclei. Then: nucseg train {out} --out MODEL")
 
@@ -282,7 +294,7 @@ def evaluate(
     from nucseg import workflow
 
     table = workflow.evaluate_folders(truth, predicted)
-    typer.echo(table.round(4).to_string(index=False))
+    typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     if out:
         table.to_csv(out, index=False)
 
@@ -388,13 +400,30 @@ def _require_data(dataset: str, root: str) -> None:
 
 
 def main() -> None:
-    """Run the command; an expected error is one message, anything else a traceback."""
+    """Run the command; an expected error is one message, anything else a traceback. So are warnings of our own."""
+    warnings.formatwarning = _one_line(warnings.formatwarning)
     try:
         app()
     except Exception as error:
-        if isinstance(error, _expected()):
+        if isinstance(error, _expected()) or _of_a_value(error):
             sys.exit(f"nucseg: {error}")
         raise
+
+
+def _of_a_value(error: Exception) -> bool:
+    """Say whether our own code raised a ValueError: it checks what it is given, and says what is wrong with it."""
+    if not isinstance(error, ValueError):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(__file__).parent in Path(last.filename).parents
+
+
+def _one_line(usual: Callable[..., str]) -> Callable[..., str]:
+    def shown(message: Warning | str, category: type[Warning], filename: str, *more: object) -> str:
+        ours = Path(__file__).parent in Path(filename).parents
+        return f"nucseg: {message}\n" if ours else usual(message, category, filename, *more)
+
+    return shown
 
 
 def _expected() -> tuple[type[Exception], ...]:

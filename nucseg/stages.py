@@ -89,7 +89,8 @@ class Stages:
                 features = extract(self.dataset.train, net, config, self.device, progress)
             np.savez(folder / "features.npz", **features.to_arrays())
 
-        what = {name: getattr(config, name) for name in ("size", "step", "cover_border", "normalise", "precision")}
+        names = ("size", "step", "cover_border", "tissue", "normalise", "precision")
+        what = {name: getattr(config, name) for name in names}
         version = weights_version(encoder, self.profile.weights.get(encoder))
         what |= {"encoder": encoder, "weights": version, "device": self.device.type}
         return self.store.get("features", what, make, [self.dataset.fingerprint], SELECTION_CODE)

@@ -1,10 +1,13 @@
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from nucseg.cli import _tables, app
+import nucseg as nucseg_package
+from nucseg.cli import _one_line, _tables, app, main
 from nucseg.config import ConfigError
 
 COMMANDS = (
@@ -12,6 +15,7 @@ COMMANDS = (
     "run",
     "status",
     "tables",
+    "compare",
     "compare-schedules",
     "compare-synthesis",
     "select",
@@ -66,3 +70,36 @@ def test_tables_are_named_by_roman_or_arabic_numbers():
     assert _tables(None) == ("I", "II", "III", "IV", "V", "VI")
     with pytest.raises(ConfigError, match="no table '7'"):
         _tables(["7"])
+
+
+def test_values_that_our_own_code_refuses_are_one_line_and_warnings_name_no_code(tmp_path, monkeypatch, capsys):
+    for arguments, message in (
+        (["select", "slidez", "--out", str(tmp_path / "a")], "no folder 'slidez', and no dataset of that name"),
+        (["select", __file__, "--out", str(tmp_path / "a")], "is a file: name the folder that holds it"),
+        (["train", str(tmp_path), "--out", str(tmp_path / "a"), "--segmenter", "distt"], "no image found"),
+        (["tables", "--dataset", "kumr"], "no results of profile 'sample' on 'kumr'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["nucseg", *arguments])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        assert str(raised.value.code).startswith("nucseg: ")
+        assert message in str(raised.value.code)
+
+
+def test_a_fault_in_other_peoples_code_keeps_its_traceback(monkeypatch):
+    def broken():
+        import numpy as np
+
+        np.zeros(3).reshape(2)
+
+    monkeypatch.setattr("nucseg.cli.app", broken)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        main()
+
+
+def test_warnings_of_ours_are_one_line():
+    ours = _one_line(warnings.formatwarning)
+    assert ours("patch 2 is empty", UserWarning, str(Path(nucseg_package.__file__).parent / "a.py"), 3) == (
+        "nucseg: patch 2 is empty\n"
+    )
+    assert "other.py:3" in ours("deprecated", UserWarning, "/somewhere/other.py", 3)

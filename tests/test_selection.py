@@ -321,6 +321,41 @@ def test_an_image_smaller_than_a_patch_or_of_another_kind_is_named():
         extract([], MeanAndSpread(), SMALL, "cpu")
 
 
+def half_glass(seed=0, size=128):
+    """An image whose left half is bare glass, with some stain in a corner of it."""
+    image = np.random.default_rng(seed).integers(60, 200, (size, size, 3), dtype=np.uint8)
+    image[:, : size // 2] = 243
+    image[:10, :10] = (150, 90, 160)
+    return Image(f"half {seed}", image)
+
+
+def test_patches_of_glass_are_left_out_where_it_is_asked(slides):
+    samples = [half_glass(0), Image("glass", np.full((128, 128, 3), 250, np.uint8)), half_glass(1)]
+    whole = extract(samples, MeanAndSpread(), SMALL, "cpu")
+    config = replace(SMALL, tissue=0.5)
+    tissue = extract(samples, MeanAndSpread(), config, "cpu")
+    assert len(whole) == 3 * 49
+    assert set(tissue.image_ids) == {"half 0", "half 1"}
+    assert set(tissue.cols) == {48, 64, 80, 96}  # half of the patch at 48 is tissue
+    kept = [
+        (i, r, c) for i, r, c in zip(whole.image_ids, whole.rows, whole.cols, strict=True) if i != "glass" and c >= 48
+    ]
+    assert list(zip(tissue.image_ids, tissue.rows, tissue.cols, strict=True)) == kept
+    for strategy in ("cps", "k-center", "random-crop"):
+        chosen = select(samples, strategy, 4, 2, config=config, encoder=MeanAndSpread(), device="cpu")
+        assert all(patch.col >= 48 for patch in chosen.patches)
+        assert "91 windows with less than 50% tissue left out" in chosen.notes
+    assert select(slides, "k-center", 3, config=SMALL, encoder=MeanAndSpread()).notes == ()
+
+
+def test_slides_of_glass_alone_are_an_error_that_says_so():
+    glass = [Image("glass", np.full((128, 128, 3), 250, np.uint8))]
+    with pytest.raises(ValueError, match="49 windows with less than 30% tissue left out"):
+        select(glass, "random-crop", 1, config=replace(SMALL, tissue=0.3))
+    with pytest.raises(ValueError, match="shows tissue in at least 30%"):
+        extract(glass, MeanAndSpread(), replace(SMALL, tissue=0.3), "cpu")
+
+
 def test_features_survive_a_file_without_pickling(pool, tmp_path):
     np.savez(tmp_path / "pool.npz", **pool.to_arrays())
     with np.load(tmp_path / "pool.npz", allow_pickle=False) as arrays:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,15 +75,69 @@ def test_outlines_come_back_as_the_label_maps_of_the_patches(training_set, picks
 
 
 def test_missing_outlines_are_named(picks, tmp_path):
-    with pytest.raises(WorkflowError, match=r"no outlines of image 'slide_.' .* expected slide_.\.geojson"):
-        workflow.import_annotations(picks[0], tmp_path, tmp_path / "out")
+    (tmp_path / "slide_c.geojson").write_text("{}")
+    images = sorted({Path(patch.image_id).name for patch in picks[1].patches})
+    with pytest.raises(WorkflowError, match="images have no outlines in") as raised:
+        workflow.import_annotations(picks[0], tmp_path, tmp_path / "out", partial=True)
+    assert all(name in str(raised.value) for name in images)
+    assert "of no chosen image are slide_c.geojson" in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_of_the_outlines_can_be_imported_where_it_is_asked(picks, outlines, tmp_path):
+    images = sorted({Path(patch.image_id).name for patch in picks[1].patches})
+    assert len(images) == 2
+    (tmp_path / "some").mkdir()
+    shutil.copy(outlines / f"{images[0]}.geojson", tmp_path / "some")
+    with pytest.raises(WorkflowError, match=f"1 of 2 images have no outlines .*{images[1]}.*--partial"):
+        workflow.import_annotations(picks[0], tmp_path / "some", tmp_path / "out")
+    with pytest.warns(UserWarning, match=f"{images[1]}; their patches are left out"):
+        table = workflow.import_annotations(picks[0], tmp_path / "some", tmp_path / "out", partial=True)
+    assert {Path(name).name for name in table["image_id"]} == {images[0]}
+
+
+def test_outlines_drawn_on_the_picture_of_a_patch_are_no_background(slides, tmp_path):
+    """Two patches of one image; the outlines of the second were drawn in its own coordinates."""
+    (tmp_path / "images").mkdir()
+    shutil.copy(slides[0] / "slide_a.png", tmp_path / "images")
+    workflow.select_patches(tmp_path / "images", tmp_path / "picks", 2, "random-crop", PROFILE, seed=1)
+    record = json.loads((tmp_path / "picks" / "selection.json").read_text())
+    for patch, row in zip(record["patches"], (0, 96), strict=True):
+        patch["row"], patch["col"] = row, 64
+    (tmp_path / "picks" / "selection.json").write_text(json.dumps(record))
+    labels = np.zeros((160, 192), np.int32)
+    labels[10:20, 80:90], labels[100:110, 20:30] = 1, 2
+    annotations.write_geojson(tmp_path / "slide_a.geojson", labels)
+    with pytest.raises(
+        WorkflowError, match=r"patch 2 of .* but 1 outlines of that image lie beyond .*PNG of a patch.*--empty"
+    ):
+        workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="patch 2 .* taken for background"):
+        table = workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "out", empty=True)
+    assert list(table["nuclei"]) == [1, 0]
+
+
+def test_a_folder_with_a_selection_takes_no_second_one(picks, slides):
+    with pytest.raises(WorkflowError, match="holds a selection already"):
+        workflow.select_patches(slides[0], picks[0], 2, "random-crop", PROFILE)
+
+
+def test_label_maps_without_a_nucleus_teach_nothing(slides, tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    shutil.copy(slides[0] / "slide_a.png", tmp_path / "set" / "images" / "a.png")
+    Image.fromarray(np.zeros((160, 192), np.uint16)).save(tmp_path / "set" / "labels" / "a.png")
+    with pytest.raises(WorkflowError, match="no label map holds a nucleus"):
+        workflow.train_folder(tmp_path / "set", tmp_path / "model", "hoverlite", PROFILE)
 
 
 def test_outlines_of_other_images_are_an_error_and_not_an_empty_training_set(picks, slides, tmp_path):
     for name in NAMES:
         annotations.write_geojson(tmp_path / f"{name}.geojson", np.zeros((160, 192), np.int32))
-    with pytest.raises(WorkflowError, match="no nucleus is outlined inside any chosen patch"):
+    with pytest.raises(WorkflowError, match=r"no nucleus is outlined inside any chosen patch.* holds no outline"):
         workflow.import_annotations(picks[0], tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_label_map_of_another_size_names_both_sizes(picks, slides, tmp_path):

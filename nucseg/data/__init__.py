@@ -54,7 +54,7 @@ def load_dataset(name: str | Path, root: str | Path | None = None) -> Dataset:
     MissingData
         When the images are not at hand: what to get from where, under which licence, where to put it.
     ValueError
-        For a name that is neither a dataset nor a folder, with the nearest valid name.
+        For a name that is neither a dataset nor a folder, with the nearest valid name, and for a file.
     """
     from nucseg.data import folder, kumar, monuseg, tnbc
 
@@ -65,6 +65,8 @@ def load_dataset(name: str | Path, root: str | Path | None = None) -> Dataset:
         from nucseg.data.builtin import load
 
         return load()
+    if Path(name).expanduser().is_file():
+        raise ValueError(f"{name} is a file: name the folder that holds it")
     if Path(name).expanduser().is_dir() or os.sep in str(name):
         return folder.load(Path(name).expanduser())
-    raise ValueError(f"no dataset {str(name)!r}, and no folder of that name; {nearest(str(name), NAMES)}")
+    raise ValueError(f"no folder {str(name)!r}, and no dataset of that name; {nearest(str(name), NAMES)}")

@@ -19,6 +19,10 @@ class SelectionConfig:
         Side s of a patch and sliding step t, pixels; `size` is even, sub-regions are size/2 (fed natively, A7).
     cover_border
         Add a last position flush with the right and lower border; off as printed (A12).
+    tissue
+        Least share of a patch that shows tissue and not glass or fat (`content.GLASS`); others are left out of the
+        pool. 0 keeps all, as in the paper, whose images are cut from tissue; slides are mostly glass. The centre crops
+        of ``random-centre-crop`` are not from the pool.
     normalise
         ImageNet mean and standard deviation before the encoder; the released code feeds plain [0, 1] (A6).
     batch
@@ -53,6 +57,7 @@ class SelectionConfig:
     size: int = 256
     step: int = 15
     cover_border: bool = False
+    tissue: float = 0.0
     normalise: bool = True
     batch: int = 512
     cpu_batch: int = 4
@@ -83,7 +88,7 @@ class SelectionConfig:
             raise ValueError(f"size must be even to be cut 2 x 2, got {self.size}")
         if self.tol < 0:
             raise ValueError(f"tol must be >= 0, got {self.tol}")
-        for name in ("exclusion", "ball_purity", "content_floor", "standard_exclusion"):
+        for name in ("tissue", "exclusion", "ball_purity", "content_floor", "standard_exclusion"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {value}")

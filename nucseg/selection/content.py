@@ -1,4 +1,4 @@
-"""How much nucleus a patch holds, estimated from the haematoxylin channel; no labels are used."""
+"""How much nucleus a patch holds, by the haematoxylin channel, and how much tissue at all; no labels are used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from skimage.color import rgb2hed
 from skimage.filters import gaussian, threshold_otsu
 
 SMOOTHING = 2.0  # pixels: a nucleus is several pixels wide, stain grain is not
+GLASS = 220  # a pixel whose darkest colour is this bright is bare glass, or fat, which looks the same
 
 
 def nuclear_content(
@@ -35,8 +36,18 @@ def nuclear_content(
     for image, (rows, cols) in zip(images, grids, strict=True):
         stain = gaussian(rgb2hed(image)[..., 0], SMOOTHING)
         above = stain > threshold_otsu(stain) if np.ptp(stain) > 0 else np.zeros(stain.shape, dtype=bool)
-        sums = np.pad(above.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        r, c = np.asarray(rows), np.asarray(cols)
-        inside = sums[r + size, c + size] - sums[r, c + size] - sums[r + size, c] + sums[r, c]
-        shares.append(inside / size**2)
+        shares.append(_share(above, rows, cols, size))
     return np.concatenate(shares)
+
+
+def tissue_share(image: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: int) -> np.ndarray:
+    """Share of the pixels of each patch of an image (H, W, 3) uint8 that show tissue, (n,) float64 in 0..1."""
+    return _share(image.min(axis=2) < GLASS, rows, cols, size)
+
+
+def _share(mask: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: int) -> np.ndarray:
+    """Share of the pixels of each patch that a mask holds, from one table of sums."""
+    sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    r, c = np.asarray(rows), np.asarray(cols)
+    inside = sums[r + size, c + size] - sums[r, c + size] - sums[r + size, c] + sums[r, c]
+    return inside / size**2

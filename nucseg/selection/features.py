@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nucseg.selection.config import SelectionConfig
+from nucseg.selection.content import tissue_share
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ def grid(image_id: str, height: int, width: int, config: SelectionConfig) -> tup
     return np.repeat(rows, len(cols)), np.tile(cols, len(rows))
 
 
+def windows(sample: Any, config: SelectionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the patches of one image that are in the pool: those of `grid` with enough tissue."""
+    rows, cols = grid(sample.id, *image_shape(sample), config)
+    if not config.tissue:
+        return rows, cols
+    kept = tissue_share(check_image(sample.image, sample.id), rows, cols, config.size) >= config.tissue
+    return rows[kept], cols[kept]
+
+
 def extract(
     samples: Sequence[Any],
     encoder: nn.Module,
@@ -122,7 +132,7 @@ def extract(
         A `nucseg.encoders.Encoder`, or any module from (b, 3, H, W) in [0, 1] to (b, d). It is left as it is: a copy
         in evaluation mode does the work. `config.normalise` does not act here, it is the encoder's property.
     config
-        size, step, cover_border, batch, cpu_batch, precision.
+        size, step, cover_border, tissue, batch, cpu_batch, precision.
     device
         None: CUDA where there is one.
     progress
@@ -141,22 +151,25 @@ def extract(
         raise ValueError("no images to select patches from")
     device = default_device(device)
     forward, normalise = _prepare(encoder, config, device)
-    places = [grid(sample.id, *image_shape(sample), config) for sample in samples]
+    places = [windows(sample, config) for sample in samples]
     counts = [len(rows) for rows, _ in places]
+    if not any(counts):
+        raise ValueError(f"no patch of {config.size} pixels shows tissue in at least {config.tissue:.0%} of it")
     features = sub_features = np.empty(0)
     first = 0
     with torch.inference_mode():
         for number, (sample, (rows, cols)) in enumerate(zip(samples, places, strict=True)):
-            pixels = normalise(check_image(sample.image, sample.id))
-            whole = _run(forward, pixels, rows, cols, config.size, config, device)
-            if not first:  # now the width is known; filling one array keeps the peak at the size of the result
-                features = np.empty((sum(counts), whole.shape[1]), np.float32)
-                sub_features = np.empty((sum(counts), 4 if parts else 0, whole.shape[1]), np.float32)
-            own = slice(first, first + len(rows))
-            features[own] = whole
-            if parts:
-                sub_features[own] = _of_parts(forward, pixels, rows, cols, config, device)
-            first = own.stop
+            if len(rows):
+                pixels = normalise(check_image(sample.image, sample.id))
+                whole = _run(forward, pixels, rows, cols, config.size, config, device)
+                if not first:  # now the width is known; filling one array keeps the peak at the size of the result
+                    features = np.empty((sum(counts), whole.shape[1]), np.float32)
+                    sub_features = np.empty((sum(counts), 4 if parts else 0, whole.shape[1]), np.float32)
+                own = slice(first, first + len(rows))
+                features[own] = whole
+                if parts:
+                    sub_features[own] = _of_parts(forward, pixels, rows, cols, config, device)
+                first = own.stop
             if progress is not None:
                 progress(number + 1, len(samples))
     return PatchFeatures(

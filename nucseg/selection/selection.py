@@ -16,7 +16,7 @@ from nucseg.encoders import Encoder
 from nucseg.patches import Patch
 from nucseg.selection.config import SelectionConfig
 from nucseg.selection.content import nuclear_content
-from nucseg.selection.features import PatchFeatures, default_device, extract, grid, image_shape
+from nucseg.selection.features import PatchFeatures, default_device, extract, grid, image_shape, windows
 from nucseg.selection.others import k_center, probcover, standardised, typiclust
 from nucseg.selection.strategies import CPS_TERMS, Picks, Request, centre_crops, centre_rows, consistency, random_crops
 
@@ -133,11 +133,16 @@ def select(
     if len(set(ids)) != len(ids):
         raise ValueError("the ids of the images are not unique")
     shapes = {i: image_shape(sample) for i, sample in zip(ids, samples, strict=True)}
-    grids = {i: grid(i, *shapes[i], config) for i in ids}
+    grids = {i: windows(sample, config) for i, sample in zip(ids, samples, strict=True)}
     pool_ids = np.repeat(ids, [len(grids[i][0]) for i in ids])
     pool_rows, pool_cols = (np.concatenate([grids[i][axis] for i in ids]) for axis in (0, 1))
+    glass = ""
+    if config.tissue:
+        left_out = sum(len(grid(i, *shapes[i], config)[0]) for i in ids) - len(pool_ids)
+        glass = f"{left_out} windows with less than {config.tissue:.0%} tissue left out"
     if k1 < 1 or k1 > len(pool_ids):
-        raise ValueError(f"k1 must lie in 1..{len(pool_ids)} (the number of patches in the pool), got {k1}")
+        why = f"; {glass}" if glass else ""
+        raise ValueError(f"k1 must lie in 1..{len(pool_ids)} (the number of patches in the pool{why}), got {k1}")
 
     switches = {**to_plain(config), "k1": k1, "k2": k2, "seed": seed}
     if strategy == "random-centre-crop":
@@ -176,7 +181,7 @@ def select(
         None if picks.terms is None else tuple(tuple(float(v) for v in row) for row in picks.terms),
         label_share(patches, shapes),
         switches,
-        picks.notes,
+        (*picks.notes, *([glass] if glass else [])),
     )
 
 

@@ -1,0 +1,22 @@
+"""From unlabelled slides to label maps: `nucseg select`, `import-annotations`, `train`, `predict`, `evaluate`.
+
+    select -> a pathologist outlines the nuclei of a few patches -> import_annotations -> train -> predict
+
+Each step reads and writes one folder, so each can be looked at, corrected and repeated.
+"""
+
+from nucseg.workflow.base import WorkflowError
+from nucseg.workflow.patches import import_annotations, select_patches
+from nucseg.workflow.scores import evaluate_folders
+from nucseg.workflow.segmenter import load_model, predict_folder, train_folder, unlabelled_views
+
+__all__ = [
+    "WorkflowError",
+    "evaluate_folders",
+    "import_annotations",
+    "load_model",
+    "predict_folder",
+    "select_patches",
+    "train_folder",
+    "unlabelled_views",
+]

@@ -1,0 +1,41 @@
+"""How far label maps agree with the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from nucseg import annotations, metrics
+from nucseg.workflow.base import WorkflowError
+
+
+def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
+    """Compare label maps of two folders by file name, one line of metrics per image and a last line with the mean.
+
+    Raises
+    ------
+    WorkflowError
+        If a true label map has no prediction, with its name.
+    """
+    true_files, predicted_files = _label_files(truth), _label_files(predicted)
+    if missing := sorted(set(true_files) - set(predicted_files)):
+        raise WorkflowError(f"{predicted}: no prediction for {', '.join(missing[:5])} ({len(missing)} in all)")
+    rows = []
+    for name, path in true_files.items():
+        pair = annotations.read_labels(path), annotations.read_labels(predicted_files[name], binary=False)
+        if pair[0].shape != pair[1].shape:
+            raise WorkflowError(f"{path} is {pair[0].shape}, but {predicted_files[name]} is {pair[1].shape}")
+        rows.append({"image_id": name, **metrics.evaluate(*pair)})
+    table = pd.DataFrame(rows)
+    mean = table.drop(columns="image_id").mean()
+    return pd.concat([table, pd.DataFrame([{"image_id": "mean", **mean}])], ignore_index=True)
+
+
+def _label_files(folder: str | Path) -> dict[str, Path]:
+    folder = Path(folder)
+    folder = folder / "labels" if (folder / "labels").is_dir() else folder
+    files = {p.stem: p for p in sorted(folder.glob("*")) if p.suffix.lower() in {".png", ".tif", ".tiff", ".npy"}}
+    if not files:
+        raise WorkflowError(f"no label maps (.png, .tif, .npy) in {folder}")
+    return files

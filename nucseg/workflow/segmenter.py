@@ -1,0 +1,199 @@
+"""From outlined patches to a segmenter, and from a segmenter to label maps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from nucseg import annotations, models
+from nucseg.config import from_mapping, to_plain
+from nucseg.data import Sample, load_dataset
+from nucseg.inference import run_ahead, workers_for
+from nucseg.mean_teacher import MeanTeacher
+from nucseg.models.base import Segmenter
+from nucseg.profiles import Profile
+from nucseg.progress import task
+from nucseg.selection.content import GLASS
+from nucseg.store import write_text
+from nucseg.training import TrainingConfig, TrainingResult, train
+from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json
+
+UNLABELLED_PIXELS = 64_000_000  # of all images without outlines: half a gigabyte with their place for labels
+TISSUE = 0.5  # least share of tissue in a window of a large image, as far as one is found
+
+
+def train_folder(
+    dataset: str | Path,
+    out: str | Path,
+    segmenter: str,
+    profile: Profile,
+    seed: int = 0,
+    device: str = "",
+    unlabelled: str | Path = "",
+) -> TrainingResult:
+    """Train a segmenter on a folder of images with label maps, and write ``model.safetensors`` and ``model.json``.
+
+    Parameters
+    ----------
+    dataset
+        What `import_annotations` wrote, or any folder with ``images/`` and ``labels/``.
+    segmenter
+        A name of `nucseg.models.REGISTRY`.
+    profile
+        Its schedule, augmentation and, with `unlabelled`, its mean teacher.
+    unlabelled
+        A folder of images of the same kind that nobody outlined, such as the slides that the patches are from. Then a
+        second training, as long as the first, goes on from there with a mean teacher (`nucseg.mean_teacher`).
+
+    Returns
+    -------
+    TrainingResult
+        Of the last training.
+
+    Raises
+    ------
+    WorkflowError
+        Without any nucleus to learn from, or where no mean teacher can teach the segmenter.
+    """
+    if unlabelled and not models.teachable(segmenter):
+        can = ", ".join(name for name in models.REGISTRY if models.teachable(name))
+        raise WorkflowError(f"{segmenter} cannot learn from images without outlines, only {can} can")
+    data = load_dataset(str(dataset))
+    others = list(load_dataset(str(unlabelled)).samples) if unlabelled else []
+    pairs = [(sample.image, sample.labels) for sample in data.train if sample.labels is not None]
+    if not pairs:
+        raise WorkflowError(f"{dataset}: no image has a label map; outline some and run 'nucseg import-annotations'")
+    if not any(labels.any() for _, labels in pairs):
+        raise WorkflowError(f"{dataset}: no label map holds a nucleus, so there is nothing to learn")
+    torch.manual_seed(seed)
+    config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
+    model = models.build(segmenter, encoder, config, profile.weights.get(models.encoder_of(segmenter, encoder)))
+    schedule, where = profile.training_of(segmenter), pick_device(device)
+    result = _train(f"training {segmenter} on {len(pairs)} images", model, pairs, schedule, seed, profile, where)
+    if others:
+        views = unlabelled_views(others, UNLABELLED_PIXELS, seed)
+        teacher = MeanTeacher(views, profile.pseudo.teacher, schedule.batch, schedule.crop, profile.augment, where)
+        title = f"learning from {len(others)} images without outlines"
+        longer = replace(schedule, ema=profile.pseudo.teacher.decay)
+        result = _train(title, model, pairs, longer, seed + 1, profile, where, teacher)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, out / "model.safetensors")
+    record = {
+        "segmenter": segmenter,
+        "encoder": encoder,
+        "config": to_plain(config),
+        "training": to_plain(schedule),
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "images": len(pairs)},
+        "unlabelled": {"images": [s.id for s in others], "teacher": to_plain(profile.pseudo.teacher)}
+        if others
+        else None,
+        "seed": seed,
+    }
+    write_text(out / MODEL_FILE, json.dumps(record, indent=1))
+    return result
+
+
+def _train(
+    title: str,
+    model: Segmenter,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    schedule: TrainingConfig,
+    seed: int,
+    profile: Profile,
+    device: torch.device,
+    teacher: MeanTeacher | None = None,
+) -> TrainingResult:
+    with task(title, schedule.iterations) as progress:
+        return train(
+            model,
+            pairs,
+            schedule,
+            seed,
+            augment=profile.augment,
+            device=device,
+            progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.3f}"),
+            unlabelled=teacher,
+        )
+
+
+def unlabelled_views(samples: Sequence[Sample], pixels: int, seed: int = 0, side: int = 512) -> list[np.ndarray]:
+    """Return what a mean teacher looks at: all images where they are small, else random windows of them.
+
+    Parameters
+    ----------
+    samples
+        Images of any size; of large ones only the windows are read.
+    pixels
+        Of all views together, about; the training holds them in memory.
+    seed, side
+        Of the windows, and their side in pixels. An image gives windows by its area, at least one; a window of glass
+        is drawn anew, up to ten times.
+
+    Returns
+    -------
+    list of array
+        (H, W, 3) uint8 each.
+    """
+    areas = np.array([sample.shape[0] * sample.shape[1] for sample in samples], dtype=float)
+    if areas.sum() <= pixels:
+        return [sample.image for sample in samples]
+    rng = np.random.default_rng(seed)
+    views = []
+    for sample, area in zip(samples, areas, strict=True):
+        height, width = (min(side, length) for length in sample.shape)
+        for _ in range(max(1, round(pixels * area / areas.sum() / (height * width)))):
+            for _ in range(10):
+                row, col = (int(rng.integers(a - b + 1)) for a, b in zip(sample.shape, (height, width), strict=True))
+                view = sample.region(row, col, height, width)
+                if (view.min(axis=2) < GLASS).mean() >= TISSUE:
+                    break
+            views.append(view)
+    return views
+
+
+def load_model(folder: str | Path, device: str = "") -> Segmenter:
+    """Read a segmenter that `train_folder` wrote."""
+    record = read_json(Path(folder) / MODEL_FILE, "run 'nucseg train' first")
+    config = from_mapping(models.config_class(record["segmenter"]), record["config"], f"{folder}: config")
+    model = models.build(record["segmenter"], encoder=record["encoder"], config=config, pretrained=False)
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    return model.to(pick_device(device)).eval()
+
+
+def predict_folder(model: str | Path, images: str | Path, out: str | Path, device: str = "") -> pd.DataFrame:
+    """Segment every image of a folder: a 16- or 32-bit label map and a QuPath GeoJSON each, in `out`.
+
+    ``images.csv`` there has one line per image: how many nuclei, and their mean score.
+    """
+    segmenter = load_model(model, device)
+    samples = list(load_dataset(str(images)).samples)
+    out = Path(out)
+    for name in ("labels", "geojson"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    rows = []
+    with task("segmenting", len(samples)) as progress:
+        # On a GPU the network goes on with the next image while processes separate this one's nuclei.
+        found = run_ahead((segmenter.begin(sample.image) for sample in samples), workers_for(segmenter, len(samples)))
+        for i, (sample, (labels, scores)) in enumerate(zip(samples, found, strict=True)):
+            stem = Path(sample.id).name
+            annotations.write_labels(out / "labels" / f"{stem}.tif", labels)
+            annotations.write_geojson(out / "geojson" / f"{stem}.geojson", labels)
+            rows.append(
+                {
+                    "image_id": sample.id,
+                    "nuclei": len(scores),
+                    "mean_score": float(scores.mean()) if len(scores) else 0.0,
+                }
+            )
+            progress.update(i + 1, stem)
+    table = pd.DataFrame(rows)
+    table.to_csv(out / "images.csv", index=False)
+    return table
