@@ -48,6 +48,15 @@ def test_a_printed_number_stands_only_beside_results_on_the_same_data():
     assert "nan" not in markdown(frame)
 
 
+def test_one_arm_stands_beside_the_same_row_of_the_paper_in_every_profile():
+    frame = summary()
+    own = [f"IV.{name}" for name in ("hovernet", "hovernet-ours", "dist", "micronet", "mdcnet", "dpmsff", "pffnet")]
+    for (dataset, arm), lines in frame.groupby(["dataset", "arm"]):
+        assert lines["its AJI"].nunique(dropna=False) == 1, (dataset, arm)
+        if arm.endswith("hoverlite"):
+            assert not lines["its AJI"].notna().any() or not set(lines["paper's row"]) & set(own)
+
+
 def test_a_readme_without_the_marks_is_an_error():
     with pytest.raises(ValueError, match="<!-- runs -->"):
         with_summary("# nucseg")
