@@ -39,23 +39,42 @@ def test_truth_is_green_and_the_prediction_red_on_top():
     assert (image == 128).all()
 
 
-def test_a_system_that_was_not_run_gets_a_panel_that_says_so():
+def test_a_system_that_was_not_run_has_no_column_but_is_named_below():
     image = np.zeros((40, 40, 3), dtype=np.uint8)
-    rows = [(image, square(), {"HoVer-Net": square(), "MRCNN": square()}, "a test image")] * 2
-    figure = figure7(rows, scores={"HoVer-Net": [1.0, 0.5]})
+    ours = "HoVer-Net + Ours\n[hoverlite]"
+    columns = (ours, *COLUMNS[1:5], "pix2pix + MRCNN\n[hoverlite]")
+    rows = [(image, square(), {ours: square(), "MRCNN": square(at=9)}, "a test image")] * 2
+    figure = figure7(rows, columns, scores={"MRCNN": [1.0, 0.5]})
     panels = [axis for axis in figure.axes if axis.get_subplotspec() is not None]
-    assert len(panels) == 2 * len(COLUMNS)
-    assert [axis.get_title() for axis in panels[:6]] == list(COLUMNS)
-    assert ["not run" in "".join(t.get_text() for t in axis.texts) for axis in panels[:6]] == [1, 1, 0, 0, 1, 1]
-    assert [bool(axis.images) for axis in panels[:6]] == [0, 0, 1, 1, 0, 0]
-    assert panels[8].get_xlabel() == "AJI 0.500"
+    assert [axis.get_title() for axis in panels] == [ours, "MRCNN", "", ""]
+    assert all(axis.images for axis in panels)
+    assert panels[3].get_xlabel() == "AJI 0.500"
+    missing = "MRCNN + Ours, HoVer-Net, NaiveAug + Plabel, pix2pix + MRCNN"
+    assert figure.get_supxlabel() == f"not run in this profile: {missing}"
     figure.canvas.draw()
+
+
+def test_one_run_that_stands_for_two_systems_is_named_as_such():
+    image = np.zeros((40, 40, 3), dtype=np.uint8)
+    rows = [(image, square(), dict.fromkeys(COLUMNS[2:4], square()) | {COLUMNS[0]: square(at=a)}) for a in (10, 11)]
+    assert figure7(rows, (COLUMNS[0], *COLUMNS[2:4])).get_supxlabel() == "the same predictions: HoVer-Net, MRCNN"
+    everything = {name: square(at=9 + i) for i, name in enumerate(COLUMNS)}
+    assert figure7([(image, square(), everything)]).get_supxlabel() == ""
+
+
+def test_a_system_that_lacks_one_of_the_crops_has_a_panel_that_says_so():
+    image = np.zeros((40, 40, 3), dtype=np.uint8)
+    rows = [(image, square(), {"MRCNN": square(), "HoVer-Net": square()}), (image, square(), {"MRCNN": square()})]
+    panels = [axis for axis in figure7(rows).axes if axis.get_subplotspec() is not None]
+    assert ["not run" in "".join(t.get_text() for t in axis.texts) for axis in panels] == [0, 0, 1, 0]
 
 
 def test_wrong_input_is_named():
     image = np.zeros((40, 40, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="no crop"):
         figure7([])
+    with pytest.raises(ValueError, match="no prediction of any system"):
+        figure7([(image, square(), {})])
     with pytest.raises(ValueError, match=r"\['MaskRCNN'\], which are not among the columns"):
         figure7([(image, square(), {"MaskRCNN": square()})])
     with pytest.raises(ValueError, match="shapes differ"):

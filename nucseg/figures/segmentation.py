@@ -29,14 +29,15 @@ class Row(NamedTuple):
 def figure7(
     rows: Sequence[Row | tuple], columns: Sequence[str] = COLUMNS, scores: Mapping[str, Sequence[float]] | None = None
 ) -> Figure:
-    """Draw one line of panels per crop and one column per system.
+    """Draw one line of panels per crop and one column per system that was run.
 
     Parameters
     ----------
     rows
         `Row`, or a plain tuple (image, labels, predictions[, title]).
     columns
-        Systems, left to right. One without a prediction gets an empty panel that says so: nothing is left out silently.
+        Systems, left to right. One without any prediction has no column, but is named in a line below: nothing is left
+        out silently. Two with the same predictions, such as one run that stands for two systems, are named there too.
     scores
         Column -> AJI of each row, printed below the panels.
 
@@ -44,6 +45,11 @@ def figure7(
     -------
     Figure
         Not attached to pyplot, so that nothing is shown twice in a notebook.
+
+    Raises
+    ------
+    ValueError
+        Without crops, without any prediction, or with predictions of an unknown system.
     """
     rows = [Row(*row) for row in rows]
     if not rows:
@@ -51,7 +57,11 @@ def figure7(
     unknown = {name for row in rows for name in row.predictions} - set(columns)
     if unknown:
         raise ValueError(f"rows: predictions of {sorted(unknown)}, which are not among the columns {list(columns)}")
-    figure = Figure(figsize=(_SIDE * len(columns), (_SIDE + 0.15) * len(rows) + 0.5), layout="constrained")
+    absent = [name for name in columns if not any(name in row.predictions for row in rows)]
+    columns = [name for name in columns if name not in absent]
+    if not columns:
+        raise ValueError("rows: no prediction of any system; nothing of this figure was run")
+    figure = Figure(figsize=(_SIDE * max(len(columns), 2), (_SIDE + 0.15) * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, (row, line) in enumerate(zip(rows, axes, strict=True)):
         for column, axis in zip(columns, line, strict=True):
@@ -70,14 +80,34 @@ def figure7(
             else:
                 axis.set_facecolor("0.95")
                 axis.set_box_aspect(row.image.shape[0] / row.image.shape[1])
-                axis.text(0.5, 0.5, "not run in\nthis profile", ha="center", va="center", fontsize=8, color="0.35",
+                axis.text(0.5, 0.5, "not run on\nthis image", ha="center", va="center", fontsize=8, color="0.35",
                           transform=axis.transAxes)  # fmt: skip
         line[0].set_ylabel(row.title, fontsize=8)
     figure.legend(
         handles=[_line(TRUTH, "ground truth"), _line(PREDICTION, "prediction")],
-        loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+        loc="outside upper center", ncols=2, frameon=False, fontsize=9,
     )  # fmt: skip
+    notes = [
+        f"the same predictions: {', '.join(' '.join(name.split()) for name in same)}" for same in _alike(rows, columns)
+    ]
+    notes += [f"not run in this profile: {', '.join(name.splitlines()[0] for name in absent)}"] * bool(absent)
+    if notes:
+        figure.supxlabel("\n".join(notes), fontsize=8, color="0.35")
     return figure
+
+
+def _alike(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    """Return the groups of columns whose label maps are equal in every crop."""
+    groups: list[list[str]] = []
+    for name in columns:
+        for group in groups:
+            maps = [(row.predictions.get(group[0]), row.predictions.get(name)) for row in rows]
+            if all(a is not None and b is not None and np.array_equal(a, b) for a, b in maps):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return [group for group in groups if len(group) > 1]
 
 
 def overlay(image: np.ndarray, true: np.ndarray, pred: np.ndarray, width: int = 1) -> np.ndarray:
