@@ -22,7 +22,8 @@ def results_of(profile, seeds=4, gain=0.0, noise=0, **changes):
     for place, name in enumerate(ROWS):
         for experiment in experiments_of(row(name), "kumar", load_profile(profile).grid)[:seeds]:
             scores = 0.3 + 0.05 * place + gain + rng.normal(0, 0.01, 6)
-            frames.append(lines_of(experiment, scores, profile=profile, **changes))
+            run = f"{profile} {name} {experiment.seed}"
+            frames.append(lines_of(experiment, scores, **{"profile": profile, "run_id": run, **changes}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -75,6 +76,11 @@ def test_every_row_may_be_compared_with_one_row_of_the_other(place):
     assert set(frame["against"].str.partition(" [")[0]) == {"Fully-supervised Mask-RCNN"}
     with pytest.raises(ResultsError, match=r"no results for row 'IV.dist', only for .*III\.full"):
         compare("sample-teacher", "sample-seeds", "kumar", "IV.dist")
+
+
+def test_a_profile_may_be_compared_with_a_row_of_its_own_but_no_row_with_itself(place):
+    frame = compare("sample-seeds", "sample-seeds", "kumar", "III.full")
+    assert set(frame["id"]) == {"III.rndcrop-naive", "I.cps-plabel"}
 
 
 def test_what_cannot_be_compared_is_said(place):

@@ -60,7 +60,7 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     lines, seen = [], set()
     for name, one in mine.items():
         other = theirs.get(reference or name)
-        if other is None or one.found in seen:
+        if other is None or one.found in seen or set(one.lines["run_id"]) == set(other.lines["run_id"]):
             continue
         seen.add(one.found)
         lines.append(_line(one, other))
