@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nucseg.data import Patch
-from nucseg.figures.selection import figure3, figure6, figure_coverage, short_id
+from nucseg.figures.selection import figure3, figure6, figure_coverage, short_ids
 from nucseg.selection import Selection, cps
 
 
@@ -98,12 +98,37 @@ def test_the_coverage_figure_orders_the_strategies_by_their_mean(tmp_path):
     words = texts(figure)
     labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert labels == ["random-crop", "k-center", "cps"]
-    assert "kumar coverage" in words
+    assert "kumar distance to the nearest pick" in words
+    assert "coverage" not in words  # which one would read as: more is better
+    assert "lower is closer" in figure.axes[0].get_xlabel()
+    assert "lower is more varied" in figure.axes[1].get_xlabel()
     assert "mean of 3 seeds. no training" in words
     points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     np.testing.assert_allclose(points[2].get_xdata(), [3.0, 3.1, 3.2])
 
 
 def test_a_tcga_barcode_is_shortened_to_what_tells_slides_apart():
-    assert short_id("TCGA-A7-A13E-01Z-00-DX1") == "A7-A13E"
-    assert short_id("a-very-long-file-name") == "a-very-long-fi"
+    ids = ["TCGA-A7-A13E-01Z-00-DX1", "TCGA-A7-A13F-01Z-00-DX1"]
+    assert short_ids(ids) == dict(zip(ids, ("A7-A13E", "A7-A13F"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ids", "short"),
+    [
+        (["tissue-glandular-01", "tissue-glandular-02", "tissue-stromal-01"],
+         ["glandular-01", "glandular-02", "stromal-01"]),
+        (["Slide_01", "Slide_02"], ["Slide_01", "Slide_02"]),
+        (["a-long-enough-name1", "a-long-enough-name2"], ["name1", "name2"]),  # "name" is no word of its own
+        ([], []),
+        (["tissue-glandular-02"] * 2, ["tissue…ular-02"]),
+        (["x_the_very_same_start_01_b", "y"], ["x_the_…rt_01_b", "y"]),
+        (["slide", "slide-2"], ["slide", "slide-2"]),
+        (["a-name-0123456-end-0123456", "a-name-0123456-and-0123456"], ["end-0123456", "and-0123456"]),
+        (["q.012345 6 012345.x", "q.012345 7 012345.x"], ["6 012345.x", "7 012345.x"]),
+        (["abcdefgh1abcdefgh", "abcdefgh2abcdefgh"], ["abcdefgh1abcdefgh", "abcdefgh2abcdefgh"]),
+    ],
+)  # fmt: skip
+def test_short_names_of_images_still_tell_them_apart(ids, short):
+    found = short_ids(ids)
+    assert sorted(found.values()) == sorted(short)
+    assert set(found) == set(ids)

@@ -5,7 +5,8 @@ Each function takes arrays and returns a matplotlib figure; none reads or writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,10 @@ DPI = 100
 MOST_POINTS = 3000  # in a scatter plot: more only make the file large
 MOST_THUMBNAILS = 12  # in a row
 TERMS = ("$d_1$ to the centre", "$d_2$ to the largest fine cluster", "$d_3$ inside the patch")
+_MEASURES = {  # of `coverage_table`: what they are called, and what they measure
+    "coverage": ("distance to the nearest pick", "mean over all patches, in feature space; lower is closer"),
+    "redundancy": ("redundancy", "mean cosine of a pick and its nearest other pick; lower is more varied"),
+}
 TERM_COLOURS = ("#4477aa", "#ccbb44", "#aa3377")
 
 
@@ -119,6 +124,7 @@ def figure6(
         A line at the bottom.
     """
     selections = (random_selection, cps_selection)
+    names = short_ids(patch.image_id for s in selections for patch in s.patches)
     columns = min(max(len(s.patches) for s in selections), MOST_THUMBNAILS)
     figure = Figure(figsize=(11, 2 * (11 / max(columns, 5) + 0.55)), dpi=DPI, layout="constrained")
     for number, (band, selection) in enumerate(zip(figure.subfigures(2, 1), selections, strict=True)):
@@ -136,14 +142,14 @@ def figure6(
             patch = selection.patches[i]
             framed = twins is not None and i in twins[number]
             _thumbnail(axes, crop_of(patch), "#cc3311" if framed else "0.7", 3 if framed else 0.8)
-            axes.set_xlabel(short_id(patch.image_id), fontsize=7)
+            axes.set_xlabel(names[patch.image_id], fontsize=7)
     frame = "red frames: the two picks that are most alike. " if twins is not None else ""
     _foot(figure, f"{frame}redundancy: mean cosine similarity of a pick to its nearest other pick. {note}")
     return figure
 
 
 def figure_coverage(tables: pd.DataFrame | Mapping[str, pd.DataFrame], note: str = "") -> Figure:
-    """Draw coverage and redundancy of every strategy: one point a seed, a bar at their mean.
+    """Draw how far patches are from their nearest pick, and how alike the picks are: one point a seed, a bar the mean.
 
     Parameters
     ----------
@@ -154,11 +160,11 @@ def figure_coverage(tables: pd.DataFrame | Mapping[str, pd.DataFrame], note: str
     """
     tables = {"": tables} if isinstance(tables, pd.DataFrame) else tables
     count = max(table["strategy"].nunique() for table in tables.values())
-    figure = Figure(figsize=(9, (0.3 * count + 1.1) * len(tables)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(9, (0.3 * count + 1.3) * len(tables)), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(tables), 2, squeeze=False)
     for panels, (name, table) in zip(grid, tables.items(), strict=True):
         order = table.groupby("strategy")["coverage"].mean().sort_values(ascending=False).index
-        for axes, column, better in zip(panels, ("coverage", "redundancy"), ("lower", "lower"), strict=True):
+        for axes, (column, meaning) in zip(panels, _MEASURES.items(), strict=True):
             for y, strategy in enumerate(order):
                 values = table.loc[table["strategy"] == strategy, column].to_numpy()
                 colour = _strategy_colour(strategy)
@@ -166,7 +172,9 @@ def figure_coverage(tables: pd.DataFrame | Mapping[str, pd.DataFrame], note: str
                 axes.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=colour, lw=2.5)
             axes.set_yticks(range(len(order)), order, fontsize=8)
             axes.tick_params(axis="x", labelsize=8)
-            axes.set_title(f"{name} {column} ({better} is better)".strip(), fontsize=9)
+            title, label = meaning
+            axes.set_title(f"{name} {title}".strip(), fontsize=9)
+            axes.set_xlabel(label, fontsize=8)
             axes.grid(axis="x", lw=0.4)
             axes.spines[["top", "right"]].set_visible(False)
         panels[1].set_yticklabels([])
@@ -174,10 +182,26 @@ def figure_coverage(tables: pd.DataFrame | Mapping[str, pd.DataFrame], note: str
     return figure
 
 
-def short_id(image_id: str) -> str:
-    """The two fields of a TCGA barcode that tell slides apart; other ids as they are, at most 14 characters."""
-    fields = image_id.split("-")
-    return "-".join(fields[1:3]) if fields[0] == "TCGA" and len(fields) > 2 else image_id[:14]
+def short_ids(image_ids: Iterable[str], most: int = 14) -> dict[str, str]:
+    """Return a short name for each image that still tells them apart.
+
+    The two fields of a TCGA barcode that name the slide. Where another name is longer than `most` characters: what
+    follows the words that all begin with, of this the two ends. Whole names where these would not differ.
+    """
+    ids = sorted(set(image_ids))
+    common = re.sub(r"[^-_. ]*$", "", max(ids, key=len)) if len(ids) > 1 else ""
+    while not all(name.startswith(common) for name in ids):
+        common = re.sub(r"[^-_. ]*[-_. ]$", "", common)  # one word less
+    short, longest = {}, max(map(len, ids), default=0)
+    for name in ids:
+        fields = name.split("-")
+        if fields[0] == "TCGA" and len(fields) > 2:
+            short[name] = "-".join(fields[1:3])
+            continue
+        rest = name if longest <= most else name.removeprefix(common) or name
+        half = (most - 1) // 2
+        short[name] = rest if len(rest) <= most else f"{rest[:half]}…{rest[half + 1 - most :]}"
+    return short if len(set(short.values())) == len(ids) else {name: name for name in ids}
 
 
 def _level(
