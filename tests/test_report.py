@@ -71,6 +71,19 @@ def test_half_a_grid_shows_what_is_there(place):
     report.write()
 
 
+def test_a_table_that_the_profile_leaves_out_altogether_is_not_written(place):
+    profile = replace(PROFILE, grid=replace(PROFILE.grid, rows={**PROFILE.grid.rows, "II": (), "VI": ()}))
+    lines = made_up()
+    lines[lines["k1"].isin([0]) & (lines["selection"] == "all")].to_csv(place / "results.csv", index=False)
+    names = {path.name for path in make_report(profile).write()}
+    assert not {"table2_tissue.md", "table6_tissue.md"} & names
+    assert {
+        "table1_tissue.md",
+        "table3_tissue.md",
+        "table4_tissue.md",
+    } <= names  # of I none was run, but it is meant to
+
+
 def test_without_results_it_says_what_makes_some(place):
     with pytest.raises(FileNotFoundError, match=r"no results of profile 'sample' on 'tissue' .*nucseg run --pro"):
         make_report(PROFILE)

@@ -19,7 +19,7 @@ from nucseg.paper import TABLES
 from nucseg.profiles import Profile
 from nucseg.results import EXPERIMENT, read_results, read_runs
 from nucseg.store import published
-from nucseg.tables import Table, make_tables, write_table
+from nucseg.tables import NOT_IN_PROFILE, Table, make_tables, write_table
 from nucseg.tables.forest import forest_frame
 from nucseg.tables.side_by_side import table_4_of_all
 
@@ -54,10 +54,13 @@ class Report:
     signature: str
 
     def write(self) -> tuple[Path, ...]:
-        """Write all tables to ``tables/<profile>/`` and all figures to ``figures/<profile>/``; return the paths."""
-        paths = [
-            path for table in self.tables.values() for path in write_table(table, published("tables", self.profile))
-        ]
+        """Write tables to ``tables/<profile>/`` and figures to ``figures/<profile>/``; return the paths.
+
+        A table of which the profile runs no row, and of which none has a result, is not written.
+        """
+        folder = published("tables", self.profile)
+        meant = [table for table in self.tables.values() if (table.frame["status"] != NOT_IN_PROFILE).any()]
+        paths = [path for table in meant for path in write_table(table, folder)]
         run_ids = sorted(set(self.results["run_id"]))
         for name, figure in self.figures.items():
             path = published("figures", self.profile) / f"{name}_{self.dataset}.png"
