@@ -81,7 +81,7 @@ def test_a_table_that_the_profile_leaves_out_altogether_is_not_written(place):
         "table1_tissue.md",
         "table3_tissue.md",
         "table4_tissue.md",
-    } <= names  # of I none was run, but it is meant to
+    } <= names  # I is meant
 
 
 def test_without_results_it_says_what_makes_some(place):
