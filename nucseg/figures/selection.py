@@ -22,7 +22,7 @@ MOST_THUMBNAILS = 12  # in a row
 TERMS = ("$d_1$ to the centre", "$d_2$ to the largest fine cluster", "$d_3$ inside the patch")
 _MEASURES = {  # of `coverage_table`: what they are called, and what they measure
     "coverage": ("distance to the nearest pick", "mean over all patches, in feature space; lower is closer"),
-    "redundancy": ("redundancy", "mean cosine of a pick and its nearest other pick; lower is more varied"),
+    "redundancy": ("redundancy", "mean cosine to the nearest other pick; lower is more varied"),
 }
 TERM_COLOURS = ("#4477aa", "#ccbb44", "#aa3377")
 
