@@ -170,7 +170,7 @@ class Plan:
             token.unlink(missing_ok=True)
 
     def systems(self) -> dict[str, Experiment | None]:
-        """Return the columns of Fig. 7 with their experiments, None for those that this profile does not run.
+        """Return the columns of Fig. 7 with their experiments, None for those that no row of this profile runs.
 
         A column whose segmenter the profile replaces says so. Of several seeds the first is shown.
         """
@@ -181,7 +181,7 @@ class Plan:
             experiment = experiments_of(shown, dataset, settings)[0]
             replaced = experiment.segmenter != shown.spec.segmenter
             title = f"{name}\n[{experiment.segmenter}]" if replaced else name
-            columns[title] = experiment if settings.runs(shown) and experiment in self.experiments else None
+            columns[title] = experiment if experiment in self.experiments else None
         return columns
 
     def showcase(self, size: int = 256) -> tuple[list[Row], dict[str, list[float]]]:
@@ -194,7 +194,8 @@ class Plan:
             name: self.pipeline.predictions(e, e.rounds) for name, e in self.systems().items() if e is not None
         }
         aji = {name: [metrics.aji(s.labels, maps[s.id]) for s in test] for name, maps in predicted.items()}
-        mean = np.mean(list(aji.values()), axis=0)
+        once = {e: aji[name] for name, e in self.systems().items() if e is not None}  # a run may fill two columns
+        mean = np.mean(list(once.values()), axis=0)
         rows, scores = [], {name: [] for name in aji}
         for title, index in (("worst", int(mean.argmin())), ("best", int(mean.argmax()))):
             sample = test[index]

@@ -39,7 +39,7 @@ class Report:
     tables
         ``"I"`` to ``"VI"``; ``"IV of all"``, ``"S"`` and ``"B"`` where there is something in them.
     figures
-        ``"forest"``; ``"budget"`` and ``"ranks"`` where there is enough to draw.
+        ``"forest"``; ``"budget"`` with two budgets or more, ``"ranks"`` with enough strategies and images.
     signature
         The line under every figure.
     """
