@@ -17,7 +17,7 @@ from nucseg.experiments import GridSettings
 from nucseg.paper import TABLES, rows
 from nucseg.results import check_results
 from nucseg.stats import paired_tests
-from nucseg.tables import Measured, measure, one_profile, over_seeds, paired, why_not_compared
+from nucseg.tables import NOT_IN_PROFILE, Measured, measure, one_profile, over_seeds, paired, why_not_compared
 
 DIFFERENCE = ("mean difference", "CI low", "CI high", "seeds CI low", "seeds CI high")
 _FULL = {"mrcnn-ours": "mrcnn", "hovernet-ours": "hovernet"}
@@ -26,6 +26,8 @@ _PAPER_SETTING = "k1-9-csingan"
 
 def forest_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
     """Return every row of Tables I-VI and S with its difference to the row that it is compared with.
+
+    A table that the profile leaves out altogether, and of which nothing was run, is left out here too.
 
     Parameters
     ----------
@@ -47,6 +49,8 @@ def forest_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) ->
     made = []
     for table in TABLES:
         measured = measure(rows(table), lines, dataset, settings)
+        if all(one.status == NOT_IN_PROFILE for one in measured):
+            continue
         by_key = {one.row.key: one for one in measured}
         for one in measured:
             other = by_key.get(_reference(one) or "")

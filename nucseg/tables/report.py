@@ -39,7 +39,8 @@ class Report:
     tables
         ``"I"`` to ``"VI"``; ``"IV of all"``, ``"S"`` and ``"B"`` where there is something in them.
     figures
-        ``"forest"``; ``"budget"`` with two budgets or more, ``"ranks"`` with enough strategies and images.
+        ``"forest"`` with a difference to show; ``"budget"`` with two budgets or more; ``"ranks"`` with enough strategies
+        and images.
     signature
         The line under every figure.
     """
@@ -109,8 +110,9 @@ def make_report(profile: Profile, dataset: str = "", folder: str | Path | None =
     }
     curves = [beyond.budget_curve(results, name, settings, against) for against in ("label_share", "label_nuclei")]
     ranks = beyond.strategy_ranks(results, name, settings)
+    forest = forest_frame(results, name, settings)
     figures = {
-        "forest": comparison.forest_plot(forest_frame(results, name, settings)),
+        "forest": comparison.forest_plot(forest) if forest["mean difference"].notna().any() else None,
         "budget": comparison.budget_curves(curves),
         "ranks": comparison.rank_plot(ranks) if ranks else None,
     }
