@@ -39,8 +39,8 @@ class Report:
     tables
         ``"I"`` to ``"VI"``; ``"IV of all"``, ``"S"`` and ``"B"`` where there is something in them.
     figures
-        ``"forest"`` with a difference to show; ``"budget"`` with two budgets or more; ``"ranks"`` with enough strategies
-        and images.
+        ``"forest"`` with a difference to show; ``"budget"`` with two budgets or more; ``"ranks"`` with enough of
+        strategies and images.
     signature
         The line under every figure.
     """
