@@ -47,8 +47,10 @@ def test_the_silent_teacher_differs_from_the_other_in_its_weight_alone():
     assert speaking.pseudo.method == silent.pseudo.method == "mean-teacher"
     teacher = dataclasses.replace(silent.pseudo.teacher, weight=speaking.pseudo.teacher.weight)
     assert speaking.pseudo.teacher.weight > 0 == silent.pseudo.teacher.weight
-    renamed = dataclasses.replace(silent, name=speaking.name, description=speaking.description)
-    assert dataclasses.replace(renamed, pseudo=dataclasses.replace(silent.pseudo, teacher=teacher)) == speaking
+    other = {"name": speaking.name, "description": speaking.description, "grid": speaking.grid}
+    other["pseudo"] = dataclasses.replace(silent.pseudo, teacher=teacher)
+    assert dataclasses.replace(silent, **other) == speaking
+    assert set(silent.grid.rows["III"]) < set(speaking.grid.rows["III"])
 
 
 def test_the_paper_profile_has_the_printed_sizes_and_schedules():
