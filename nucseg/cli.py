@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from nucseg import messages
 from nucseg.config import ConfigError
 
 app = typer.Typer(
@@ -400,45 +399,14 @@ def _require_data(dataset: str, root: str) -> None:
 
 
 def main() -> None:
-    """Run the command; an expected error is one message, anything else a traceback. So are warnings of our own."""
-    warnings.formatwarning = _one_line(warnings.formatwarning)
+    """Run the command; an expected error or a warning of ours is one message, anything else as Python prints it."""
+    warnings.formatwarning = messages.one_line(warnings.formatwarning)
     try:
         app()
     except Exception as error:
-        if isinstance(error, _expected()) or _of_a_value(error):
+        if messages.is_expected(error):
             sys.exit(f"nucseg: {error}")
         raise
-
-
-def _of_a_value(error: Exception) -> bool:
-    """Say whether our own code raised a ValueError: it checks what it is given, and says what is wrong with it."""
-    if not isinstance(error, ValueError):
-        return False
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(__file__).parent in Path(last.filename).parents
-
-
-def _one_line(usual: Callable[..., str]) -> Callable[..., str]:
-    def shown(message: Warning | str, category: type[Warning], filename: str, *more: object) -> str:
-        ours = Path(__file__).parent in Path(filename).parents
-        return f"nucseg: {message}\n" if ours else usual(message, category, filename, *more)
-
-    return shown
-
-
-def _expected() -> tuple[type[Exception], ...]:
-    # Imported when something has gone wrong: a command that trains nothing need not load torch.
-    from nucseg.bundle.parts import BundleError
-    from nucseg.bundle.wheels import WheelError
-    from nucseg.data import DataError
-    from nucseg.encoders import EncoderError
-    from nucseg.notebooks import NotebookFailed, ParameterError
-    from nucseg.results import ResultsError
-    from nucseg.store import OutOfTime
-    from nucseg.workflow import WorkflowError
-
-    errors = (ConfigError, DataError, EncoderError, NotebookFailed, ParameterError, WorkflowError, FileNotFoundError)
-    return (*errors, BundleError, OutOfTime, ResultsError, WheelError)
 
 
 if __name__ == "__main__":

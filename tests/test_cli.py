@@ -7,8 +7,11 @@ import pytest
 from typer.testing import CliRunner
 
 import nucseg as nucseg_package
-from nucseg.cli import _one_line, _tables, app, main
+from nucseg.cli import STRATEGY_HELP, _tables, app, main
 from nucseg.config import ConfigError
+from nucseg.messages import one_line
+from nucseg.models import REGISTRY
+from nucseg.selection import STRATEGIES
 
 COMMANDS = (
     "reproduce",
@@ -35,6 +38,12 @@ def test_every_command_of_the_design_is_there_and_explains_itself():
     for name in COMMANDS:
         assert name in listed
         assert runner.invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_help_names_every_strategy_and_every_segmenter():
+    assert set(STRATEGY_HELP.rstrip(".").replace(" or ", ", ").split(", ")) == set(STRATEGIES)
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    assert all(name in shown for name in REGISTRY)
 
 
 def nucseg(*arguments, **environment):
@@ -98,7 +107,7 @@ def test_a_fault_in_other_peoples_code_keeps_its_traceback(monkeypatch):
 
 
 def test_warnings_of_ours_are_one_line():
-    ours = _one_line(warnings.formatwarning)
+    ours = one_line(warnings.formatwarning)
     assert ours("patch 2 is empty", UserWarning, str(Path(nucseg_package.__file__).parent / "a.py"), 3) == (
         "nucseg: patch 2 is empty\n"
     )
