@@ -1,9 +1,10 @@
 """Beyond the paper: every selection strategy on the same footing, on one budget (Table S) and on several (Table B).
 
 The paper compares selections with CSinGAN behind them and one seed each. Here nothing stands between the choice and the
-segmenter but the naive augmentation, and every strategy, the random ones included, runs over the same seeds: the
-question "does it matter which patches are annotated?" on its own. Table B asks it for several budgets, counted in
-pixels and in nuclei, because a patch full of nuclei costs a pathologist more than an empty one.
+segmenter but the naive augmentation (where a profile says so, rounds on unlabelled images too), and every strategy,
+the random ones included, runs over the same seeds: the question "does it matter which patches are annotated?" on its
+own. Table B asks it for several budgets, counted in pixels and in nuclei, because a patch full of nuclei costs a
+pathologist more than an empty one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def experiments(
 
 
 def strategy_experiments(dataset: str, settings: GridSettings) -> tuple[Experiment, ...]:
-    """Return one experiment per strategy and seed of the random baselines, without pseudo labels (Table S).
+    """Return one experiment per strategy and seed of the random baselines (Table S).
 
     Raises
     ------
@@ -77,8 +78,10 @@ def budget_experiments(dataset: str, settings: GridSettings, images: int | None 
     planned = _arms(dataset, settings, _strategies(settings, "budget_strategies"), budgets)
     most = images or _training_images(dataset) or np.inf
     planned = tuple(e for e in planned if e.selection != "random-centre-crop" or e.k1 <= most)
-    segmenter = planned[0].segmenter
-    return planned + tuple(Experiment(dataset, "all", 0, 0, "naive", segmenter, 0, seed) for seed in settings.seeds)
+    segmenter, rounds = planned[0].segmenter, settings.full_rounds
+    return planned + tuple(
+        Experiment(dataset, "all", 0, 0, "naive", segmenter, rounds, seed) for seed in settings.seeds
+    )
 
 
 def _arms(
@@ -86,7 +89,7 @@ def _arms(
 ) -> tuple[Experiment, ...]:
     segmenter = settings.substitutes.get("maskrcnn", "maskrcnn")
     return tuple(
-        Experiment(dataset, strategy, k1, settings.k2, "naive", segmenter, 0, seed)
+        Experiment(dataset, strategy, k1, settings.k2, "naive", segmenter, settings.strategy_rounds, seed)
         for strategy in strategies
         for k1 in budgets
         for seed in settings.random_seeds
@@ -119,16 +122,19 @@ def _strategies(settings: GridSettings, field: str) -> tuple[str, ...]:
 
 
 def _lines(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
-    """Return the lines of all strategies and of full supervision: naive augmentation, no pseudo labels, any seed."""
+    """Return the lines of all strategies and of full supervision, naive augmentation, last round, any seed."""
     lines = check_results(results)
     lines = lines[lines["dataset"] == dataset]
     one_profile(lines)
     images = set(lines["image_id"])
     sought = strategy_experiments(dataset, settings)[0]
-    for column, value in {"augmentation": "naive", "segmenter": sought.segmenter, "rounds": 0}.items():
+    for column, value in {"augmentation": "naive", "segmenter": sought.segmenter}.items():
         lines = lines[lines[column] == value]
+    lines = lines[lines["round"] == lines["rounds"]]
     chosen = lines["selection"].isin(STRATEGIES) & (lines["k2"] == settings.k2)
-    lines = lines[chosen | (lines["selection"] == "all")]
+    chosen &= lines["rounds"] == settings.strategy_rounds
+    full = (lines["selection"] == "all") & (lines["rounds"] == settings.full_rounds)
+    lines = lines[chosen | full]
     for (selection, k1, seed), group in lines.groupby([*_ARM, "seed"]):
         what = f"{selection}, K1 = {k1}, seed {seed}"
         if group["image_id"].duplicated().any():
@@ -298,7 +304,7 @@ def strategy_ranks(results: pd.DataFrame, dataset: str, settings: GridSettings) 
 def strategy_table(results: pd.DataFrame, dataset: str, settings: GridSettings) -> Table | None:
     """Return Table S, or None where no strategy has been run."""
     frame = strategy_frame(results, dataset, settings)
-    title = "Every selection strategy on the same budget, naive augmentation"
+    title = f"Every selection strategy on the same budget, {_behind(settings)}"
     return _table(TABLE, title, frame, results, dataset, settings)
 
 
@@ -312,6 +318,14 @@ def budget_table(results: pd.DataFrame, dataset: str, settings: GridSettings) ->
     count = sum(astuple(e) in done for e in planned)
     note = f"{count} of {len(planned)} planned experiments were run."
     return _table(BUDGET, "Every selection strategy on several budgets", frame, results, dataset, settings, note)
+
+
+def _behind(settings: GridSettings) -> str:
+    """Say what stands between the choice of patches and the scores."""
+    rounds = settings.strategy_rounds
+    if not rounds:
+        return "naive augmentation"
+    return f"naive augmentation, {rounds} round{'s' * (rounds > 1)} on unlabelled images"
 
 
 def _table(
@@ -328,8 +342,9 @@ def _table(
     used = results[results["dataset"] == dataset]
     notes = [
         f"Profile {used['profile'].iloc[0]}; data version {used['fingerprint'].iloc[0]}; encoder "
-        f"{used['encoder'].iloc[0]}; segmenter {strategy_experiments(dataset, settings)[0].segmenter}, naive "
-        "augmentation, no synthesis and no pseudo labels. Not in the paper.",
+        f"{used['encoder'].iloc[0]}; segmenter {strategy_experiments(dataset, settings)[0].segmenter}, "
+        f"{_behind(settings)}, no synthesis{'' if settings.strategy_rounds else ' and no pseudo labels'}. Not in the "
+        "paper.",
         "Difference to random crops of the same K1, paired by test image, seeds averaged first; a row with fewer seeds "
         "than the others says less than its P suggests, because the choice of patches varies more between seeds than "
         "images do." + (f" {OVER_SEEDS}" if frame.get("seeds p", pd.Series(dtype=float)).notna().any() else ""),

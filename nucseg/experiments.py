@@ -83,6 +83,10 @@ class GridSettings:
         Budgets of the label-budget curve (Table B, not in the paper), as parts of the dataset's K1.
     budget_strategies
         Those of the curve, likewise.
+    strategy_rounds
+        Rounds of pseudo labels, or of the mean teacher, that every strategy of Tables S and B goes through.
+    full_rounds
+        Rounds of full supervision in Table B: with the mean teacher alone, fixed pseudo labels would add nothing to it.
     """
 
     k1: dict[str, int] = field(default_factory=lambda: {"kumar": 9, "tnbc": 6, "monuseg": 18})
@@ -97,12 +101,14 @@ class GridSettings:
     strategies: tuple[str, ...] = ("*",)
     budget_grid: tuple[float, ...] = (1 / 3, 2 / 3, 1.0, 4 / 3, 2.0)
     budget_strategies: tuple[str, ...] = ("*",)
+    strategy_rounds: int = 0
+    full_rounds: int = 0
 
     def __post_init__(self):
         for dataset, k1 in self.k1.items():
             if k1 < 1:
                 raise ValueError(f"k1: expected at least 1 patch for {dataset}, got {k1}")
-        for name, lowest in (("k2", 1), ("rounds", 0)):
+        for name, lowest in (("k2", 1), ("rounds", 0), ("strategy_rounds", 0), ("full_rounds", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}: expected at least {lowest}, got {getattr(self, name)}")
         for name in ("seeds", "random_seeds"):

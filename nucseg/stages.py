@@ -9,6 +9,7 @@ result: the rows of Table I differ from the selection on, those of Table II from
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nucseg import gan, metrics, models
+from nucseg.checkpoints import Checkpoint
 from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
 from nucseg.encoders import Encoder, weights_version
@@ -31,7 +33,7 @@ from nucseg.profiles import Profile, load_profile
 from nucseg.progress import task
 from nucseg.pseudo import PseudoConfig, pseudo_pairs
 from nucseg.selection import PatchFeatures, Selection, extract, select
-from nucseg.store import Result, Store, home
+from nucseg.store import Result, Store, beside, home
 from nucseg.training import train
 
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
@@ -183,14 +185,14 @@ class Stages:
 
         def make(folder: Path) -> dict:
             synthesiser, masks = gan.build(name, config, self.device), self.masks(experiment)
-            # Beside the folder, which a killed run leaves unfinished and the next one throws away.
-            finished_scales = folder.parent / f".{folder.name.split('.')[1]}.scales"
+            finished_scales = beside(folder, "scales")
             if finished_scales.is_file():
                 synthesiser.from_tensors(load_file(finished_scales))
 
             def keep(tensors: dict[str, torch.Tensor]) -> None:
                 save_file(tensors, folder / "scales")
                 (folder / "scales").replace(finished_scales)
+                self.store.check_time("synthesis")
 
             with task(f"training {name}") as progress:
                 synthesiser.fit(self.sources(experiment), masks, experiment.seed, progress, checkpoint=keep)
@@ -272,6 +274,7 @@ class Stages:
         taught = after > 0 and pseudo.method == "mean-teacher"
 
         def make(folder: Path) -> dict:
+            began = time.time()
             groups = self._pairs(experiment, 0 if taught else after)
             torch.manual_seed(experiment.seed)  # the initial weights of the heads
             model = self.build(experiment).to(self.device)
@@ -282,6 +285,7 @@ class Stages:
                 images = [sample.image for sample in self.dataset.train]
                 teacher = MeanTeacher(images, pseudo.teacher, training.batch, training.crop, augment, self.device)
             title = f"training {name}" + (f", round {after}" if after else "")
+            checkpoint = Checkpoint(beside(folder, "state"), lambda: self.store.check_time("model"))
             with task(title, training.iterations) as progress:
                 result = train(
                     model,
@@ -294,10 +298,14 @@ class Stages:
                     progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.2f}"),
                     pair_weights=self.profile.mix.weights({kind: len(group) for kind, group in groups.items()}),
                     unlabelled=teacher,
+                    resume_from=checkpoint.read(),
+                    checkpoint=checkpoint,
                 )
             save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
             (folder / "curve.json").write_text(json.dumps(result.curve))
+            checkpoint.remove()
             return {
+                "seconds": round(time.time() - began + result.seconds_before, 2),
                 "validation_aji": result.curve[-1].get("val"),
                 "pairs": {kind: len(group) for kind, group in groups.items()},
                 "peak_gpu_mb": result.peak_memory // 2**20 or None,

@@ -69,7 +69,7 @@ class Result:
 
 
 class OutOfTime(Exception):
-    """The time is up and another stage would have to be made; all that was made is kept, and the next start goes on."""
+    """The time is up and a stage would have to be made or finished; what was made is kept, the next start goes on."""
 
 
 class Store:
@@ -80,7 +80,8 @@ class Store:
     root
         The folder.
     deadline
-        Seconds since the epoch; after it no stage is begun any more, `get` raises `OutOfTime` instead.
+        Seconds since the epoch; after it no stage is begun any more, `get` raises `OutOfTime` instead. A stage in hand
+        is finished, unless it asks `check_time` itself.
     """
 
     def __init__(self, root: str | Path):
@@ -129,12 +130,12 @@ class Store:
         place = self.root / stage / key
         if found := self._read(place):
             return found
-        self._check_time(stage)
+        self.check_time(stage)
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked(place.parent / f".{key}.lock"):
             if found := self._read(place):  # another process made it while this one waited
                 return found
-            self._check_time(stage)
+            self.check_time(stage)
             for left_over in place.parent.glob(f".{key}.*.part"):  # of a killed run: we hold the lock
                 shutil.rmtree(left_over)
             part = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".part", dir=place.parent))
@@ -156,7 +157,8 @@ class Store:
                 raise
         return Result(place, key, meta)
 
-    def _check_time(self, stage: str) -> None:
+    def check_time(self, stage: str) -> None:
+        """Raise `OutOfTime` if the time is up: before a stage, and inside one that can go on from where it stopped."""
         if time.time() > self.deadline:
             raise OutOfTime(stage)
 
@@ -171,6 +173,15 @@ class Store:
         for meta in sorted((self.root / stage).glob("*/meta.json")):
             if not meta.parent.name.startswith("."):
                 yield Result(meta.parent, meta.parent.name, json.loads(meta.read_text()))
+
+
+def beside(folder: Path, name: str) -> Path:
+    """Return a file for what a stage has so far, beside the folder that `Store.get` gave it.
+
+    The folder is thrown away when the run is killed, the file is not; the stage removes it when it has finished.
+    """
+    key = folder.name.split(".")[1]
+    return folder.parent / f".{key}.{name}"
 
 
 @contextlib.contextmanager

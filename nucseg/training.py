@@ -32,7 +32,8 @@ class TrainingResult(NamedTuple):
     curve: list[dict[str, float]]  # iteration, lr, total, each loss term, and val where it was measured
     best_iteration: int  # of the highest validation value; the last one without validation
     best_state: dict[str, Tensor]  # that model's state, on the CPU
-    seconds: float
+    seconds: float  # all of it, those before a resumption too
+    seconds_before: float  # of earlier runs that this one went on from
     peak_memory: int  # bytes on the device; 0 on the CPU
 
 
@@ -46,7 +47,7 @@ def train(
     device: torch.device | str | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
     resume_from: dict[str, Any] | None = None,
-    checkpoint: Callable[[dict[str, Any]], None] | None = None,
+    checkpoint: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
     pair_weights: Sequence[float] | None = None,
     unlabelled: Unlabelled | None = None,
 ) -> TrainingResult:
@@ -72,8 +73,9 @@ def train(
     progress
         Called with each row of the curve.
     resume_from, checkpoint
-        `checkpoint` gets a state (tensors and plain values, safe for ``torch.load(..., weights_only=True)``) at each
-        validation; `resume_from` takes one back and goes on as if nothing had happened. Files are the caller's affair.
+        `checkpoint` is called at each row of the curve but the last with a function that returns the state (tensors and
+        plain values, safe for ``torch.load(..., weights_only=True)``), and may raise to end the training;
+        `resume_from` takes a state and goes on as if nothing had happened. See `nucseg.checkpoints`.
     pair_weights
         Relative probability of each pair, for example to draw real pairs as often as synthetic ones; None = equal.
     unlabelled
@@ -117,6 +119,22 @@ def train(
             best_state = resume_from["best_state"]
         began = time.perf_counter() - seconds
 
+        def snapshot() -> dict[str, Any]:
+            return {
+                "model": _copy(model.state_dict()),
+                "averaged": averaged.state_dict() if averaged else None,
+                "optimiser": copy.deepcopy(step.optimiser.state_dict()),
+                "generator": generator.get_state(),
+                "rng": torch.get_rng_state(),
+                "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "iteration": iteration,
+                "seconds": time.perf_counter() - began,
+                "curve": list(curve),
+                "best_value": best_value,
+                "best_iteration": best_iteration,
+                "best_state": best_state,
+            }
+
         model.train()
         candidate.train(candidate is model)  # a teacher speaks in eval mode
         for iteration in range(start + 1, config.iterations + 1):
@@ -140,29 +158,14 @@ def train(
             curve.append(row)
             if progress:
                 progress(row)
-            if validating and checkpoint:
-                checkpoint(
-                    {
-                        "model": _copy(model.state_dict()),
-                        "averaged": averaged.state_dict() if averaged else None,
-                        "optimiser": copy.deepcopy(step.optimiser.state_dict()),
-                        "generator": generator.get_state(),
-                        "rng": torch.get_rng_state(),
-                        "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                        "iteration": iteration,
-                        "seconds": time.perf_counter() - began,
-                        "curve": list(curve),
-                        "best_value": best_value,
-                        "best_iteration": best_iteration,
-                        "best_state": best_state,
-                    }
-                )
+            if checkpoint and not last:
+                checkpoint(snapshot)
     step.optimiser.zero_grad(set_to_none=True)  # gradients of a captured step would keep its memory
     if averaged:
         model.load_state_dict(averaged.module.state_dict())
     model.eval()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return TrainingResult(curve, best_iteration, best_state, time.perf_counter() - began, peak)
+    return TrainingResult(curve, best_iteration, best_state, time.perf_counter() - began, seconds, peak)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

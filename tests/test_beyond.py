@@ -75,6 +75,24 @@ def test_a_profile_may_name_the_strategies_of_table_s():
         strategy_experiments("kumar", dataclasses.replace(SETTINGS, strategies=("k-centre",)))
 
 
+def test_a_profile_may_send_every_strategy_and_full_supervision_through_rounds():
+    settings = dataclasses.replace(SMALL, strategies=("cps",), strategy_rounds=1, full_rounds=2)
+    found = budget_experiments("kumar", settings)
+    assert {(e.selection, e.rounds) for e in found} == {("cps", 1), ("random-crop", 1), ("all", 2)}
+    last = pd.concat([lines_of(e, np.full(8, 0.5 + 0.01 * i)) for i, e in enumerate(found)], ignore_index=True)
+    earlier = pd.concat([lines_of(e, np.full(8, 0.1), round=0, best=0) for e in found], ignore_index=True)
+    other = lines_of(dataclasses.replace(found[0], rounds=0), np.full(8, 0.9))
+    for frame in (budget_frame(last, "kumar", settings), strategy_frame(last, "kumar", settings)):
+        rest = pd.concat([last, earlier, other], ignore_index=True)
+        make = budget_frame if "B.all" in set(frame["id"]) else strategy_frame
+        pd.testing.assert_frame_equal(make(rest, "kumar", settings), frame)
+    table = strategy_table(last, "kumar", settings)
+    assert (
+        table.title == "Every selection strategy on the same budget, naive augmentation, 1 round on unlabelled images"
+    )
+    assert "no pseudo labels" not in " ".join(table.notes)
+
+
 def test_the_budgets_are_parts_of_the_datasets_own_and_hold_table_s():
     found = budget_experiments("kumar", SETTINGS)
     assert {e.k1 for e in found} == {3, 6, 9, 12, 18, 0}

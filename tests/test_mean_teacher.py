@@ -149,8 +149,16 @@ def test_a_resumed_training_with_a_teacher_ends_where_an_unbroken_one_does(tmp_p
     config = TrainingConfig(iterations=4, batch=2, crop=32, ema=0.7, log_every=1, validate_every=2)
     hook = MeanTeacher(images, MeanTeacherConfig(), 2, 32, AugmentConfig(), "cpu")
     states, models = [], [small_model(), small_model(5)]
-    train(models[0], [pair], config, seed=3, augment=AugmentConfig(), unlabelled=hook, checkpoint=states.append)
-    torch.save(states[0], tmp_path / "state.pt")
+    train(
+        models[0],
+        [pair],
+        config,
+        seed=3,
+        augment=AugmentConfig(),
+        unlabelled=hook,
+        checkpoint=lambda s: states.append(s()),
+    )
+    torch.save(states[1], tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     train(models[1], [pair], config, seed=3, augment=AugmentConfig(), unlabelled=hook, resume_from=state)
     for name, value in models[0].state_dict().items():

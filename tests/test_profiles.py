@@ -12,8 +12,8 @@ from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
 PROFILES = [
-    *("h100", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-choices", "sample-models", "sample-seeds"),
-    *("sample-teacher", "sample-teacher-silent"),
+    *("h100", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-choices", "sample-models", "sample-recipes"),
+    *("sample-seeds", "sample-teacher", "sample-teacher-silent"),
 ]
 
 
@@ -30,7 +30,7 @@ def test_a_profile_lays_out_experiments_for_its_dataset(name):
     profile = load_profile(name)
     found = experiments((*TABLES, "S"), profile.dataset, profile.grid)
     assert found
-    if name not in ("sample-choices", "sample-models"):  # these ask another question
+    if name not in ("sample-choices", "sample-models", "sample-recipes"):  # these ask another question
         assert profile.ours(profile.dataset) in found
         assert profile.ours(profile.dataset).rounds > 0
 
@@ -51,6 +51,14 @@ def test_the_silent_teacher_differs_from_the_other_in_its_weight_alone():
     other["pseudo"] = dataclasses.replace(silent.pseudo, teacher=teacher)
     assert dataclasses.replace(silent, **other) == speaking
     assert set(silent.grid.rows["III"]) < set(speaking.grid.rows["III"])
+
+
+def test_fixed_pseudo_labels_are_no_round_of_full_supervision():
+    recipes = load_profile("sample-recipes")
+    assert (recipes.grid.full_rounds, recipes.pseudo.method) == (1, "mean-teacher")
+    rounds = dataclasses.replace(recipes.pseudo, method="rounds")
+    with pytest.raises(ValueError, match="full_rounds: where every pixel is labelled"):
+        dataclasses.replace(recipes, pseudo=rounds)
 
 
 def test_the_paper_profile_has_the_printed_sizes_and_schedules():

@@ -214,8 +214,8 @@ def test_a_step_is_captured_after_its_warm_up_and_only_where_shapes_are_fixed():
 def test_a_replayed_training_goes_on_where_it_stopped(tmp_path):
     config = TrainingConfig(iterations=12, batch=4, crop=64, log_every=1, validate_every=6, ema=0.9, cuda_graph=True)
     states, models = [], [small("hoverlite").cuda(), small("hoverlite").cuda()]
-    whole = train(models[0], pairs(), config, augment=STRONG, checkpoint=states.append)
-    torch.save(states[0], tmp_path / "state.pt")
+    whole = train(models[0], pairs(), config, augment=STRONG, checkpoint=lambda s: states.append(s()))
+    torch.save(states[5], tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu")
     resumed = train(models[1], pairs(), config, augment=STRONG, resume_from=state)
     assert [r["total"] for r in resumed.curve] == pytest.approx([r["total"] for r in whole.curve], rel=0.02)

@@ -7,6 +7,7 @@ from torch import nn
 
 from nucseg.augment import AugmentConfig
 from nucseg.models.base import Instances, Segmenter
+from nucseg.store import OutOfTime
 from nucseg.training import TrainingConfig, TrainingDivergedError, learning_rate, train
 
 
@@ -82,23 +83,24 @@ def test_the_best_state_is_that_of_the_highest_validation_value():
 @pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"optimiser": "sgd"}])
 def test_a_resumed_training_ends_where_an_unbroken_one_does(settings, tmp_path):
     config = TrainingConfig(**{**vars(SHORT), **settings})
-    states = []
     whole = Dot()
-    unbroken = train(whole, make_pairs(), config, seed=5, augment=AugmentConfig(), checkpoint=states.append)
+    unbroken = train(whole, make_pairs(), config, seed=5, augment=AugmentConfig())
     path = tmp_path / "state.pt"
 
-    def keep_first(state):
-        if not path.exists():
-            torch.save(state, path)
+    def stop_at_first(snapshot):
+        torch.save(snapshot(), path)
+        raise OutOfTime
 
-    train(Dot(), make_pairs(), config, seed=5, augment=AugmentConfig(), checkpoint=keep_first)
+    with pytest.raises(OutOfTime):
+        train(Dot(), make_pairs(), config, seed=5, augment=AugmentConfig(), checkpoint=stop_at_first)
     resumed = Dot(seed=9)
     state = torch.load(path, weights_only=True)
-    assert state["iteration"] == 10
+    assert state["iteration"] == 5
     result = train(resumed, make_pairs(), config, seed=5, augment=AugmentConfig(), resume_from=state)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert [row["total"] for row in result.curve] == [row["total"] for row in unbroken.curve]
+    assert unbroken.seconds_before == 0 < result.seconds_before < result.seconds
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training_and_names_iteration_and_terms():

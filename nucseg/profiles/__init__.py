@@ -98,6 +98,12 @@ class Profile:
     training: dict[str, TrainingConfig] = field(default_factory=dict)
     minutes: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.grid.full_rounds and self.pseudo.method != "mean-teacher":
+            raise ValueError(
+                "full_rounds: where every pixel is labelled only `pseudo: {method: mean-teacher}` adds a round"
+            )
+
     def synthesiser(self, name: str) -> Any:
         """Return the configuration of a synthesiser."""
         return self.synthesisers.get(name) or self._shared(name) or gan.config_class(name)()
