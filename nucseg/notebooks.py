@@ -8,8 +8,10 @@ IPC under a unique path, and a failed notebook stops the run with the cell, the 
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
+import queue
 import re
 import sys
 import tempfile
@@ -177,16 +179,30 @@ class _watch:
 
 
 def _register_engine() -> None:
-    """Give papermill an engine whose kernels talk over IPC sockets under a path of their own."""
+    """Give papermill an engine whose kernels talk over IPC sockets under a path of their own, and are heard."""
+    from jupyter_client.asynchronous import AsyncKernelClient
+    from jupyter_client.channels import AsyncZMQSocketChannel
     from jupyter_client.manager import AsyncKernelManager
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
+
+    class ListeningChannel(AsyncZMQSocketChannel):
+        # nbclient answers output widgets on the channel on which it waits for the kernel's reply. ZeroMQ says only once
+        # that a message is there, the sending swallows that at times, and the wait would last forever.
+        async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+            while timeout is None:
+                with contextlib.suppress(queue.Empty):
+                    return await super().get_msg(1)
+            return await super().get_msg(timeout)
+
+    class ListeningClient(AsyncKernelClient):
+        shell_channel_class = ListeningChannel
 
     class IPCKernelManager(AsyncKernelManager):
         def __init__(self, **options: Any):
             # A socket's path may have about 100 characters, so it is short, and its name makes it unique.
             prefix = os.path.join(tempfile.gettempdir(), f"nucseg-{uuid.uuid4().hex[:12]}")
-            super().__init__(transport="ipc", ip=prefix, **options)
+            super().__init__(transport="ipc", ip=prefix, client_factory=ListeningClient, **options)
 
     class IPCEngine(NBClientEngine):
         @classmethod

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import nbformat
 import pytest
 
@@ -62,6 +65,24 @@ def test_a_run_passes_parameters_reports_progress_and_writes_a_page(place):
 
 
 @pytest.mark.filterwarnings("default")
+def test_a_notebook_with_output_widgets_is_run_to_its_end(place):
+    sliders = """
+import ipywidgets
+from IPython.display import clear_output
+output = ipywidgets.Output()
+for i in range(40):
+    with output:
+        clear_output()
+        print(i)
+"""
+    path = write(place / "in.ipynb", ("k1 = 3", ["parameters"]), *[(sliders, [])] * 8)
+    code = "import sys; from pathlib import Path; from nucseg.notebooks import execute\n"
+    code += "execute(Path(sys.argv[1]), {}, Path(sys.argv[2]))"
+    # In a process of its own: where this fails it waits forever, nearly always in one of the first cells.
+    subprocess.run([sys.executable, "-c", code, path, place / "out"], check=True, timeout=180)
+    assert (place / "out" / "in.html").is_file()
+
+
 def test_a_failed_cell_stops_the_run_and_says_how_to_go_on(place):
     write(place / "notebooks" / "01_cps.ipynb", ("k1 = 3", ["parameters"]), ("1 / 0", []))
     write(place / "notebooks" / "02_mask_synthesis.ipynb", ("k1 = 3", ["parameters"]), ("print('ran')", []))
