@@ -97,6 +97,32 @@ def test_one_seed_has_no_deviation_and_says_that_seeds_are_missing():
     assert "0.2000 (1 of 2 seeds)" in table._repr_html_()
 
 
+@pytest.mark.parametrize(("weight", "word"), [(1.0, "mean teacher"), (0.0, "silent teacher"), (None, "")])
+def test_a_teacher_in_place_of_the_papers_rounds_is_named_and_not_compared_with_it(weight, word):
+    (experiment, _) = experiments_of(row("III.ours"), "kumar", SETTINGS)
+    lines = lines_of(experiment, [0.2, 0.2])
+    model = {"teacher": {"weight": weight}} if word else {}
+    runs = pd.DataFrame({"run_id": lines["run_id"].unique(), "seconds": 1.0, "device": "cpu"})
+    runs["config"] = json.dumps({"model": model})
+    table = make_table("III", lines, "kumar", SETTINGS, runs=runs)
+    found = line(table, "III.ours")
+    assert found["row"] == ("Ours" + f" [{word}]" if word else "Ours")
+    assert found["paper AJI"] == 0.5374
+    assert np.isnan(found["AJI ours - paper"]) == bool(word)
+    assert sum("teacher" in note for note in table.notes) == bool(word)
+
+
+def test_rows_that_are_the_same_runs_count_once_in_holms_correction():
+    both = dataclasses.replace(SETTINGS, substitutes={"maskrcnn": "hoverlite", "hovernet": "hoverlite"})
+    frame = make_table("IV", made_up(settings=both, tables=["III", "IV"]), "kumar", both).frame.set_index("id")
+    tested = frame["t p"].dropna()
+    assert tested["IV.mrcnn"] == tested["IV.hovernet"]
+    np.testing.assert_allclose(
+        frame.loc[tested.index, "t p Holm"].drop("IV.hovernet"), holm(tested.drop("IV.hovernet"))
+    )
+    assert frame["t p Holm"]["IV.hovernet"] == frame["t p Holm"]["IV.mrcnn"]
+
+
 def test_the_last_round_is_reported_and_the_best_one_stands_beside_it():
     settings = dataclasses.replace(SETTINGS, seeds=(1,))
     (experiment,) = experiments_of(row("I.cps-plabel"), "kumar", settings)

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import pandas as pd
+
 
 def settings_of(config: str) -> dict[str, str]:
     """Return the settings in one cell ``config`` of runs.csv by name, for example ``"hoverlite.training.lr"``.
@@ -40,6 +42,21 @@ def experiment_of(config: str) -> dict[str, Any] | None:
         return dict(json.loads(config)["experiment"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def teachers(runs: pd.DataFrame) -> dict[str, str]:
+    """Return which runs of runs.csv learnt from unlabelled pixels by a mean teacher, by run id.
+
+    ``"mean teacher"``, or ``"silent teacher"`` where its word weighed nothing (a control). Others are left out.
+    """
+    found = {}
+    for run_id, config in zip(runs["run_id"], runs["config"], strict=True):
+        try:
+            teacher = json.loads(config)["model"]["teacher"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        found[run_id] = "mean teacher" if teacher["weight"] else "silent teacher"
+    return found
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:

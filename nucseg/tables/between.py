@@ -14,7 +14,7 @@ import pandas as pd
 
 from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
-from nucseg.results import ResultsError, read_results
+from nucseg.results import ResultsError, read_results, read_runs
 from nucseg.stats import paired_tests
 from nucseg.store import published, write_text
 from nucseg.tables import formats
@@ -77,7 +77,8 @@ def _measured(profile: str, dataset: str) -> tuple[dict[str, Measured], str]:
     lines = lines[lines["dataset"] == dataset]
     if not len(lines):
         raise ResultsError(f"{path}: no results on {dataset!r}; nucseg run --profile {profile} --dataset {dataset}")
-    found = {one.row.id: one for table in TABLES for one in measure(rows(table), lines, dataset, settings.grid)}
+    runs = read_runs(path.with_name("runs.csv")) if path.with_name("runs.csv").is_file() else None
+    found = {one.row.id: one for table in TABLES for one in measure(rows(table), lines, dataset, settings.grid, runs)}
     return {name: one for name, one in found.items() if one.found}, str(lines["fingerprint"].iloc[0])
 
 

@@ -24,14 +24,16 @@ _FULL = {"mrcnn-ours": "mrcnn", "hovernet-ours": "hovernet"}
 _PAPER_SETTING = "k1-9-csingan"
 
 
-def forest_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
+def forest_frame(
+    results: pd.DataFrame, dataset: str, settings: GridSettings, runs: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Return every row of Tables I-VI and S with its difference to the row that it is compared with.
 
     A table that the profile leaves out altogether, and of which nothing was run, is left out here too.
 
     Parameters
     ----------
-    results, dataset, settings
+    results, dataset, settings, runs
         As for `nucseg.tables.make_table`.
 
     Returns
@@ -48,7 +50,7 @@ def forest_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) ->
     one_profile(lines)
     made = []
     for table in TABLES:
-        measured = measure(rows(table), lines, dataset, settings)
+        measured = measure(rows(table), lines, dataset, settings, runs)
         if all(one.status == NOT_IN_PROFILE for one in measured):
             continue
         by_key = {one.row.key: one for one in measured}

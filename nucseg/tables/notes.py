@@ -36,6 +36,12 @@ READINGS = {
     "dpmsff": "DPMSFF is our reading of it: PFFNet that pastes instance masks into its semantic map, without "
     "consistency loss and mask-quality head.",
 }
+TEACHERS = {
+    "mean teacher": "Rows marked [mean teacher] learn from the unlabelled pixels by a mean teacher, in a second "
+    "training as long as the first, in place of the paper's rounds of pseudo labels; no difference to it is taken.",
+    "silent teacher": "Rows marked [silent teacher] are a control: the second training of a mean teacher without its "
+    "word on unlabelled pixels, so they have seen none.",
+}
 SLIPS = {
     "II": (
         "In print, 'CSinGAN(w/o CwD)' equals Table VI's 'K1 = 9 w/o CSinGAN', which is the naive augmentation, while "
@@ -95,6 +101,7 @@ def notes(
         found += _systems(used)
     replaced = sorted({(one.row.spec.segmenter, one.segmenter) for one in measured if "[run with" in one.label})
     found += [f"Rows marked [run with {new}] use {new} in place of the paper's {old}." for old, new in replaced]
+    found += [TEACHERS[word] for word in TEACHERS if any(one.teacher == word for one in measured)]
     found += _same_runs(measured)
     return tuple(found)
 

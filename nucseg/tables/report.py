@@ -104,13 +104,13 @@ def make_report(profile: Profile, dataset: str = "", folder: str | Path | None =
     runs = read_runs(folder / "runs.csv") if (folder / "runs.csv").is_file() else None
     tables = {table.number: table for table in make_tables(results, name, settings, runs=runs)}
     extra = {
-        "IV of all": table_4_of_all(every, settings),
+        "IV of all": table_4_of_all(every, settings, runs),
         beyond.TABLE: beyond.strategy_table(results, name, settings),
         beyond.BUDGET: beyond.budget_table(results, name, settings),
     }
     curves = [beyond.budget_curve(results, name, settings, against) for against in ("label_share", "label_nuclei")]
     ranks = beyond.strategy_ranks(results, name, settings)
-    forest = forest_frame(results, name, settings)
+    forest = forest_frame(results, name, settings, runs)
     figures = {
         "forest": comparison.forest_plot(forest) if forest["mean difference"].notna().any() else None,
         "budget": comparison.budget_curves(curves),

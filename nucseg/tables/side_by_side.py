@@ -11,7 +11,7 @@ from nucseg.tables import DATASET_NAMES, Table, make_table, named, one_profile
 from nucseg.tables import notes as table_notes
 
 
-def table_4_of_all(results: pd.DataFrame, settings: GridSettings) -> Table | None:
+def table_4_of_all(results: pd.DataFrame, settings: GridSettings, runs: pd.DataFrame | None = None) -> Table | None:
     """Make Table IV with all datasets, the best and the second best of each marked.
 
     The paper's three datasets stand first, with or without results, then others that have some. None where
@@ -25,11 +25,10 @@ def table_4_of_all(results: pd.DataFrame, settings: GridSettings) -> Table | Non
     datasets += sorted(found - set(datasets))
     frame = pd.DataFrame()
     for dataset in datasets:
-        one, name = make_table("IV", results, dataset, settings).frame, named(dataset)
+        one, name = make_table("IV", results, dataset, settings, runs=runs).frame, named(dataset)
         if frame.empty:
             frame = one[["row", "id", "status"]].copy()
-        # A row with results somewhere names its substitute segmenter.
-        frame["row"] = frame["row"].where(~one["row"].str.contains("[run with", regex=False), one["row"])
+        frame["row"] = frame["row"].where(one["seeds"] == 0, one["row"])  # which says what was run in another way
         frame[f"{name} status"] = one["status"]
         frame["status"] = frame["status"].where(one["status"] != "run", "run")  # of any dataset
         for metric in ("AJI", "Dice"):

@@ -56,11 +56,12 @@ def summary() -> pd.DataFrame:
         if not (folder / "results.csv").is_file():
             continue
         settings = load_profile(name).grid
-        results, minutes = read_results(folder / "results.csv"), _minutes(folder / "runs.csv")
+        results, runs = read_results(folder / "results.csv"), read_runs(folder / "runs.csv")
+        minutes = _minutes(runs)
         for dataset, of_dataset in results.groupby("dataset", sort=False):
             arms: dict[tuple, list[Measured]] = {}
             for table in TABLES:
-                for one in measure(rows(table), of_dataset, dataset, settings):
+                for one in measure(rows(table), of_dataset, dataset, settings, runs):
                     if one.found:
                         arms.setdefault(one.planned, []).append(one)
             for same in arms.values():
@@ -68,8 +69,7 @@ def summary() -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _minutes(path: Path) -> dict[str, float]:
-    runs = read_runs(path)
+def _minutes(runs: pd.DataFrame) -> dict[str, float]:
     shared = [json.loads(config)["shared_seconds"] for config in runs["config"]]
     return dict(zip(runs["run_id"], (runs["seconds"] + shared) / 60, strict=True))
 
@@ -77,10 +77,10 @@ def _minutes(path: Path) -> dict[str, float]:
 def _line(profile: str, dataset: str, same: list[Measured], minutes: dict[str, float]) -> dict[str, object]:
     first = same[0]
     e = first.found[0]
-    printed = _printed(first.row, e.segmenter, dataset)
+    printed = None if first.teacher else _printed(first.row, e.segmenter, dataset)
     paper, (aji, spread) = printed.paper[dataset]["aji"] if printed else np.nan, first.mean("aji")
     parts = [WORDS.get(name, name) for name in (e.selection, e.augmentation)]
-    parts += [f"{e.rounds} round{'s' * (e.rounds > 1)}"] * bool(e.rounds)
+    parts += [first.teacher or f"{e.rounds} round{'s' * (e.rounds > 1)}"] * bool(e.rounds)
     return {
         "profile": profile,
         "dataset": dataset,
@@ -89,7 +89,7 @@ def _line(profile: str, dataset: str, same: list[Measured], minutes: dict[str, f
         "seeds": len(first.found),
         "AJI": aji,
         "AJI sd": spread,
-        "paper's row": (printed or first.row).id,
+        "paper's row": "" if first.teacher else (printed or first.row).id,
         "its AJI": paper,
         "difference": aji - paper,
         "Dice": first.mean("dice")[0],

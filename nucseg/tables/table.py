@@ -23,6 +23,7 @@ from nucseg.results import (
     ResultsError,
     check_results,
 )
+from nucseg.results.settings import teachers
 from nucseg.stats import SeedTest, effect_size, holm, paired_tests, seed_test
 from nucseg.store import write_text
 from nucseg.tables import formats
@@ -80,7 +81,9 @@ class Measured:
     Attributes
     ----------
     row, label, segmenter
-        The printed row, its label with a substitute segmenter named, and the segmenter that it was run with.
+        The printed row, its label with all that was run in another way than the paper's, and its segmenter.
+    teacher
+        ``"mean teacher"`` or ``"silent teacher"`` where one took the place of the rounds of pseudo labels.
     planned, found
         Its experiments, one per seed, and those with results.
     lines, best
@@ -92,6 +95,7 @@ class Measured:
     row: Row
     label: str
     segmenter: str
+    teacher: str
     planned: tuple[Experiment, ...]
     found: tuple[Experiment, ...]
     lines: pd.DataFrame
@@ -132,7 +136,7 @@ def make_table(
     settings
         The profile's grid: it says which experiments stand behind a row, and which rows are not run.
     runs
-        Lines of ``runs.csv``, for the time spent.
+        Lines of ``runs.csv``, for the time spent, and for what they say of how a row was run.
 
     Raises
     ------
@@ -144,7 +148,7 @@ def make_table(
     results = check_results(results)
     lines = results[results["dataset"] == dataset]
     profile = one_profile(lines)
-    measured = measure(rows(table), lines, dataset, settings)
+    measured = measure(rows(table), lines, dataset, settings, runs)
     source = _source(table, dataset)
     if table == "V":
         frame = pd.DataFrame(_organ_columns(measured, dataset, lines))
@@ -217,8 +221,15 @@ def _paper(source: str, dataset: str) -> str:
     return "paper" if source == dataset else f"paper ({DATASET_NAMES[source]})"
 
 
-def measure(table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings: GridSettings) -> list[Measured]:
+def measure(
+    table: tuple[Row, ...],
+    lines: pd.DataFrame,
+    dataset: str,
+    settings: GridSettings,
+    runs: pd.DataFrame | None = None,
+) -> list[Measured]:
     """Find what was measured for each row among the lines of one dataset; errors are those of `make_table`."""
+    taught = {} if runs is None else teachers(runs)
     plans = [experiments_of(row, dataset, settings) for row in table]
     wanted = {experiment for plan in plans for experiment in plan}
     places = lines.groupby(list(EXPERIMENT), sort=False).indices if len(lines) else {}
@@ -238,7 +249,10 @@ def measure(table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings:
         found = tuple(last)
         best = [results[e][results[e]["best"] == 1] for e in found]
         segmenter = settings.segmenter(row)
+        words = {taught.get(run, "") for group in last.values() for run in group["run_id"]}
+        teacher = words.pop() if len(words) == 1 else ""
         label = f"{row.label} [run with {segmenter}]" if found and segmenter != row.spec.segmenter else row.label
+        label += f" [{teacher}]" if teacher else ""
         if not found:
             status = NOT_YET if settings.runs(row) else NOT_IN_PROFILE
         else:
@@ -249,6 +263,7 @@ def measure(table: tuple[Row, ...], lines: pd.DataFrame, dataset: str, settings:
                 row,
                 label,
                 segmenter,
+                teacher,
                 planned,
                 found,
                 pd.concat(last.values(), ignore_index=True) if found else none,
@@ -276,8 +291,9 @@ def _columns(one: Measured, table: str, dataset: str, source: str) -> dict[str, 
             mean, spread = one.mean("aji", one.lines[one.lines["seen"] == int(metric == "aji_seen")])
         columns[f"{paper} {name}"] = printed.get(metric, np.nan)
         columns[f"ours {name}"], columns[f"ours {name} sd"] = mean, spread
-        # A difference between two datasets says nothing, so there is none.
-        columns[f"{name} ours - paper"] = mean - columns[f"{paper} {name}"] if source == dataset else np.nan
+        # A difference between two datasets says nothing, nor one to rounds of pseudo labels that were not run.
+        same = source == dataset and not one.teacher
+        columns[f"{name} ours - paper"] = mean - columns[f"{paper} {name}"] if same else np.nan
     columns |= {"ours AJI+": one.mean("aji_plus")[0], "ours PQ": one.mean("pq")[0], "ours F1": one.mean("f1")[0]}
     if table != "VI":
         columns["ours AJI best round"] = one.mean("aji", one.best)[0] if one.row.spec.plabel else np.nan
@@ -325,8 +341,11 @@ def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, data
         tests.loc[i, ["mean difference", "CI low", "CI high"]] = test[:3]
         tests.loc[i, ["t p", "Wilcoxon p", "effect size"]] = (test.t_p, test.wilcoxon_p, effect_size(*pair))
         tests.loc[i, ["seeds CI low", "seeds CI high", "seeds p"]] = over_seeds(one, other)[1:]
+    # Rows that are the same runs, for example with one segmenter in place of two, make one comparison between them.
+    first: dict[tuple, int] = {}
+    same = [first.setdefault((one.planned, one.row.reference), i) for i, one in enumerate(measured)]
     for name in ("t p", "Wilcoxon p"):
-        tests[f"{name} Holm"] = holm(tests[name])
+        tests[f"{name} Holm"] = pd.Series(holm(tests[name].where(tests.index == same)))[same].to_numpy()
     frame = frame.assign(**{"compared with": compared})
     for name in COMPARISON:
         frame[name] = tests[name]
