@@ -124,16 +124,18 @@ def augment(
     images, label_maps
         In [0, 1] and of the same dtypes; new tensors.
     """
-    draw = _Draw(generator, images)
-    images, label_maps = _move(images, label_maps, config, draw, size)
-    if config.colour_probability > 0:
-        images = _recolour(images, config, draw)
-    if config.blur_probability > 0:
-        images = _blur(images, draw.chance(config.blur_probability) * draw.between(*config.blur_sigma), config)
-    if config.noise_probability > 0:
-        sigma = draw.chance(config.noise_probability) * draw.between(*config.noise_sigma)
-        images = images + sigma.view(-1, 1, 1, 1) * draw.normal(images.shape)
-    return images.clamp(0, 1), label_maps
+    # A training's autocast would round coordinates to eight bits: pixels would land up to three places beside theirs.
+    with torch.autocast(images.device.type, enabled=False):
+        draw = _Draw(generator, images)
+        images, label_maps = _move(images, label_maps, config, draw, size)
+        if config.colour_probability > 0:
+            images = _recolour(images, config, draw)
+        if config.blur_probability > 0:
+            images = _blur(images, draw.chance(config.blur_probability) * draw.between(*config.blur_sigma), config)
+        if config.noise_probability > 0:
+            sigma = draw.chance(config.noise_probability) * draw.between(*config.noise_sigma)
+            images = images + sigma.view(-1, 1, 1, 1) * draw.normal(images.shape)
+        return images.clamp(0, 1), label_maps
 
 
 class _Draw:

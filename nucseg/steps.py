@@ -23,6 +23,7 @@ from nucseg.schedule import TrainingConfig
 # (student, teacher, generator, share of the training done as a tensor) to loss terms on images without labels
 Unlabelled = Callable[[Segmenter, Segmenter, torch.Generator, Tensor], dict[str, Tensor]]
 
+_ALGORITHMS = 4  # that cuDNN tries for a convolution: the first ones are its best guesses, and some it has to compile
 _WARM_UP = 3  # eager steps before the capture: they choose algorithms and make the optimiser's state
 
 
@@ -56,11 +57,12 @@ class Step:
         self.watch = DivergenceWatch(self.device, done)
         self.terms: dict[str, Tensor] = {}
         self._graph: Any = None
-        # multinomial looks at its weights on the host when it draws only one
-        self._eager_left = _WARM_UP if config.cuda_graph and self._can_be_captured() and config.batch > 1 else -1
+        self._eager_left = _WARM_UP if config.cuda_graph and self._can_be_captured() else -1
 
     def _can_be_captured(self) -> bool:
-        return self.device.type == "cuda" and self.model.fixed_shapes
+        # multinomial looks at its weights on the host when it draws only one
+        several = min(self.config.batch, getattr(self.unlabelled, "batch", 2)) > 1
+        return self.device.type == "cuda" and self.model.fixed_shapes and several
 
     @property
     def captured(self) -> bool:
@@ -75,10 +77,10 @@ class Step:
             self._graph.replay()
         elif self._eager_left > 0:
             self._eager_left -= 1
-            with _beside(self.device), _fastest_convolutions():
+            with _beside(self.device), self._convolutions():
                 self.terms = self.run()
         else:
-            with _fastest_convolutions():
+            with self._convolutions():
                 self.terms = self.run()
         return self.terms
 
@@ -108,15 +110,21 @@ class Step:
         self.watch.look(terms)
         return terms
 
+    def _convolutions(self) -> contextlib.AbstractContextManager:
+        return _fastest_convolutions() if self.config.benchmark else contextlib.nullcontext()
+
     def _capture(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(self.generator)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
         self.optimiser.zero_grad(set_to_none=True)
         try:
             # Convolutions have been tried out in the warm-up; here their choice is only looked up.
-            with _fastest_convolutions(), torch.cuda.graph(self._graph):
+            with self._convolutions(), torch.cuda.graph(graph):
                 self.terms = self.run()
+            self._graph = graph
         except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # the end of a broken capture complains as well
+                raise error.__context__ from None
             raise RuntimeError(
                 f"{type(self.model).__name__}: a training step could not be captured as a CUDA graph ({error}); "
                 "set cuda_graph to false"
@@ -135,13 +143,14 @@ def _beside(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fastest_convolutions() -> Iterator[None]:
-    """Let cuDNN try its algorithms on the first step: the shapes of all others are the same."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    """Let cuDNN try a few algorithms on the first step: the shapes of all others are the same."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.benchmark_limit
+    cudnn.benchmark, cudnn.benchmark_limit = True, _ALGORITHMS
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark, cudnn.benchmark_limit = before
 
 
 def make_optimiser(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -26,6 +26,9 @@ from nucseg.steps import Average, Step, TrainingDivergedError, Unlabelled
 __all__ = ["TrainingConfig", "TrainingDivergedError", "TrainingResult", "learning_rate", "train"]
 
 
+SETTLED = 5  # steps after which no algorithm is tried and nothing recorded any more, which takes memory of its own
+
+
 class TrainingResult(NamedTuple):
     """What a training leaves behind, beside the model, which holds its last weights."""
 
@@ -34,7 +37,7 @@ class TrainingResult(NamedTuple):
     best_state: dict[str, Tensor]  # that model's state, on the CPU
     seconds: float  # all of it, those before a resumption too
     seconds_before: float  # of earlier runs that this one went on from
-    peak_memory: int  # bytes on the device; 0 on the CPU
+    peak_memory: int  # bytes on the device once the first steps are over; 0 on the CPU
 
 
 def train(
@@ -140,6 +143,8 @@ def train(
         for iteration in range(start + 1, config.iterations + 1):
             rate = learning_rate(config, iteration)
             terms = step(rate)
+            if device.type == "cuda" and iteration == start + SETTLED:
+                torch.cuda.reset_peak_memory_stats(device)
 
             last = iteration == config.iterations
             validating = last or (config.validate_every and iteration % config.validate_every == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from jaxtyping import install_import_hook
 
 # Shapes in the annotations of tensor functions are enforced in tests, and in tests only.
 _TYPED = ("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models")
-_hook = install_import_hook(_TYPED, "beartype.beartype")
+if importlib.util.find_spec("beartype"):  # machines with a GPU and no network may lack it
+    _hook = install_import_hook(_TYPED, "beartype.beartype")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

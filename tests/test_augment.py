@@ -28,6 +28,16 @@ def test_with_everything_off_nothing_changes():
     assert torch.equal(moved_labels, labels)
 
 
+def test_the_precision_of_a_training_step_does_not_reach_it():
+    images, labels = batch(h=64, w=64)
+    config = AugmentConfig(rotate=180.0, scale=(0.8, 1.25), colour_probability=1.0, blur_probability=1.0)
+    exact = augment(images, labels, config, generator(), size=32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = augment(images, labels, config, generator(), size=32)
+    assert torch.equal(found[0], exact[0])
+    assert torch.equal(found[1], exact[1])
+
+
 def test_rotations_and_flips_are_exact_and_all_eight_occur():
     images, labels = batch(b=64)
     images[:], labels[:] = images[:1].clone(), labels[:1].clone()

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
+from nucseg.gan import config_class
+from nucseg.gan.csingan import CSinGANConfig
 from nucseg.runs import gpu_memory
-from nucseg.runs.gpu_memory import CONTEXT_MB, MARGIN, UNKNOWN_MB, Gpu, needed, reserved
+from nucseg.runs.gpu_memory import CONTEXT_MB, MARGIN, UNKNOWN_MB, Gpu, needed, of_synthesis, reserved, usable
 from nucseg.store import claimed
 
 TOTAL = 80_000.0
@@ -33,6 +35,19 @@ def test_the_need_is_the_highest_peak_of_that_segmenter_with_a_margin():
     assert needed(known, "hovernet") == UNKNOWN_MB  # measured on a CPU only
     assert needed(known, "dist") == UNKNOWN_MB
     assert needed(None, "hoverlite") == UNKNOWN_MB
+
+
+def test_generators_that_train_at_once_need_memory_each():
+    windows = [of_synthesis(CSinGANConfig(crop=crop), 9, 256) for crop in (96, None)]
+    # Counted tensors of one generator's step, in MB.
+    assert windows[0] == pytest.approx(9 * 830 + CONTEXT_MB, rel=0.35)
+    assert windows[1] == pytest.approx(9 * 6050 + CONTEXT_MB, rel=0.1)
+    assert of_synthesis(config_class("pix2pix")(), 9, 256) > CONTEXT_MB
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_process_without_a_gpu_cannot_use_one():
+    assert not usable(torch.device("cuda"))
 
 
 def test_four_that_were_never_measured_fit_an_80_gb_gpu():

@@ -79,6 +79,16 @@ def test_the_gradient_term_equals_the_published_kernel():
     assert terms["hv_gradient"].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_terms_do_not_depend_on_the_precision_of_the_step():
+    labels = torch.from_numpy(two_touching(40))[None]
+    inside, target = hv_targets(labels, 0)
+    logits, hv = torch.randn(1, 2, *labels.shape[1:]), torch.randn(1, 2, *labels.shape[1:])
+    exact = hover_losses(logits, hv, inside, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = hover_losses(logits, hv, inside, target)
+    assert found == exact
+
+
 def with_hole(labels, rows=slice(20, 60), cols=slice(30, 70)):
     labels = labels.copy()
     labels[..., rows, cols] = IGNORE

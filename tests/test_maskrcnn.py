@@ -269,6 +269,15 @@ def test_a_step_waits_for_the_device_once_beside_the_suppression(model, monkeypa
     assert waits.count("_local_scalar_dense") <= 1 + waits.count("equal")
 
 
+def test_proposals_of_a_diverged_network_stay_inside_the_image(model):
+    anchors = torch.tensor([[0.0, 0.0, 16.0, 16.0]]).expand(50, 4)
+    offsets = torch.full((2, 50, 4), torch.nan)
+    offsets[1, :, 2:] = torch.inf
+    boxes, used = model._train_proposals(torch.randn(2, 50), offsets, anchors, (64, 64))
+    assert not used[0].any()
+    assert ((boxes >= 0) & (boxes <= 64 * model.config.scale)).all()
+
+
 def test_a_crop_of_which_nothing_is_known_teaches_nothing(model):
     images, labels = batch()
     losses = model.train().loss(images, torch.full_like(labels, IGNORE))

@@ -41,6 +41,20 @@ def no_op(place):
     return make
 
 
+def test_a_failure_that_takes_the_gpu_with_it_ends_the_run_and_not_all_experiments_after_it(place, monkeypatch):
+    plan = Plan(TINY, device="cpu")
+    plan.pipeline.device = torch.device("cuda")
+
+    def broken(*_):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr("nucseg.runs.running._measure", broken)
+    monkeypatch.setattr("nucseg.runs.gpu_memory.usable", lambda _: False)
+    with pytest.raises(BackendError, match=r"took this process's GPU with it; .*json says how. .* start again"):
+        plan.run()
+    assert list(plan.states().values()).count("failed") == 1
+
+
 def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(place, monkeypatch):
     plan = Plan(TINY, device="cpu")
     tried = []
@@ -286,6 +300,7 @@ def test_on_a_gpu_out_of_memory_is_tried_again_before_it_is_a_failure(no_op, pla
     monkeypatch.setattr("nucseg.pipeline.Pipeline.runs", lambda self, e: runs)
     made_up = lambda device, folder: Gpu(folder / "made-up", lambda: (8e4, 8e4))  # noqa: E731
     monkeypatch.setattr("nucseg.runs.gpu_memory.gpu", made_up)
+    monkeypatch.setattr("nucseg.runs.gpu_memory.usable", lambda _: True)
     plan.pipeline.device = torch.device("cuda")
     assert run_one(plan.pipeline, experiment) == ("failed" if too_large else "done")
     assert len(tries) == 2
@@ -295,7 +310,7 @@ def test_on_a_gpu_out_of_memory_is_tried_again_before_it_is_a_failure(no_op, pla
 @pytest.fixture
 def ticket(no_op):
     plan = no_op(1)
-    with plan._ticket(float("inf"), 0.0) as ticket:
+    with plan._ticket(float("inf"), 0.0, 1) as ticket:
         yield plan, ticket
 
 

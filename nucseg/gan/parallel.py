@@ -46,6 +46,7 @@ class ParallelStep:
         if workers > 1:
             self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         self.streams = [torch.cuda.Stream(device) for _ in self.steps] if self.graph_wanted else []
+        self.main = torch.cuda.Stream(device) if self.graph_wanted else None
 
     def __enter__(self) -> ParallelStep:
         return self
@@ -67,25 +68,28 @@ class ParallelStep:
             return
         if self.graph is None and self.warmup > 0:
             self.warmup -= 1
-            # A recording may not start on a stream that has run outside it without a wait: warm up on another one.
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+            # Not on the default stream, which cannot be recorded.
+            self.main.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.main):
                 self._fork_and_join()
-            torch.cuda.current_stream(self.device).wait_stream(side)
+            torch.cuda.current_stream(self.device).wait_stream(self.main)
             return
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records; nothing runs here
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.main):  # records; nothing runs here
                 self._fork_and_join()
+            self.graph = graph  # a recording that failed must not be replayed
         self.graph.replay()
 
     def _fork_and_join(self) -> None:
         # Between fork and join nothing is allocated on the main stream, and a stream's tensors are used by that stream
         # only: the caching allocator, which knows one stream for each block, cannot hand a block out too early.
+        # All wait before any runs: PyTorch has 32 streams for everybody, and a step that happens to be given the main
+        # one must not keep the others waiting.
         main = torch.cuda.current_stream(self.device)
-        for stream, step in zip(self.streams, self.steps, strict=True):
+        for stream in self.streams:
             stream.wait_stream(main)
+        for stream, step in zip(self.streams, self.steps, strict=True):
             with torch.cuda.stream(stream):
                 step()
         for stream in self.streams:

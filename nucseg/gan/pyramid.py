@@ -216,6 +216,7 @@ class PyramidSynthesizer(Synthesizer):
             raise DivergenceError(f"{type(self).__name__}: every training diverged: {self.divergences[-1]}")
         for net in generators:
             net.eval().requires_grad_(False)
+            net.zero_grad(set_to_none=True)  # gradients of a recorded step keep its memory
         self.generators.append(generators)
         self.critics = critics
         self.history.append(losses)

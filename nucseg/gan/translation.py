@@ -96,8 +96,13 @@ class TranslationSynthesizer(Synthesizer):
     # -- interface
 
     def fit(self, pairs, masks, seed=0, progress=None, checkpoint=None):
-        if self.nets:
-            return self  # from a finished state: there is one phase only
+        if not self.nets:  # else from a finished state: there is one phase only
+            # The same seed gives the same weights, on a GPU by kernels that add in a fixed order.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+                self._fit(pairs, masks, seed, progress, checkpoint)
+        return self
+
+    def _fit(self, pairs, masks, seed, progress, checkpoint):
         images, labels = check_pairs(pairs)
         k1, size = images.shape[0], images.shape[1]
         check_masks(masks, k1, size)
@@ -136,7 +141,6 @@ class TranslationSynthesizer(Synthesizer):
         self.history = [losses.cpu()]
         if checkpoint is not None:
             checkpoint(self.to_tensors())
-        return self
 
     @torch.no_grad()
     def generate(self, masks, seed=0):

@@ -217,7 +217,8 @@ def hover_losses(
     probability = logits.softmax(dim=1) * known[:, None]
     overlap = 2 * (probability * truth).sum(dim=(0, 2, 3)) + 1e-3
     dice = 1 - overlap / (probability.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3)) + 1e-3)
-    error = _gradients(hv) - _gradients(target)
+    with torch.autocast(hv.device.type, enabled=False):  # a convolution would run in the step's precision
+        error = _gradients(hv) - _gradients(target)
     near_unknown = F.max_pool2d((~known)[:, None].float(), 5, stride=1, padding=2) > 0
     focus = (inside[:, None] & ~near_unknown).float()
     entropy = F.cross_entropy(logits, torch.where(known, inside.long(), IGNORE), ignore_index=IGNORE, reduction="sum")

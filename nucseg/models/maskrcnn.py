@@ -301,6 +301,8 @@ class MaskRCNN(Segmenter):
         config = self.config
         score, best = logits.topk(min(config.train_candidates, logits.shape[1]), dim=1)
         boxes = decode(offsets.gather(1, best[..., None].expand(-1, -1, 4)), anchors[best], RPN_WEIGHTS)
+        # A diverged network's boxes would be places out of bounds, which kill a GPU's process before anybody is told.
+        boxes = boxes.nan_to_num(0.0)
         boxes = clip_boxes_to_image(boxes, [round(side * config.scale) for side in shape])
         keep = batched_nms(boxes, config.rpn_nms) & ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(dim=-1)
         score, order = score.masked_fill(~keep, -torch.inf).topk(min(config.train_proposals, score.shape[1]), dim=1)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -30,6 +30,7 @@ T = TypeVar("T")
 UNKNOWN_MB = 19_500
 MARGIN = 1.25  # the allocator holds more than the tensors at their peak
 CONTEXT_MB = 1_000  # of CUDA itself, per process
+GAN_MB, GAN_MB_PER_PIXEL = 300, 0.0225
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,19 @@ class Gpu:
         """Give back what this process's allocator keeps without using it: others cannot use it either."""
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # of a process that has lost its GPU, see `usable`
+                torch.cuda.empty_cache()
+
+
+def usable(device: torch.device) -> bool:
+    """Say whether this process can go on using its GPU: an assertion on the device or a broken recording ends that."""
+    try:
+        torch.cuda.empty_cache()
+        torch.rand(1, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def gpu(device: torch.device, folder: Path) -> Gpu:
@@ -65,11 +78,17 @@ def gpu(device: torch.device, folder: Path) -> Gpu:
     return Gpu(folder / f"{socket.gethostname()}-{name}", memory)
 
 
-def needed(runs: pd.DataFrame | None, segmenter: str) -> float:
-    """Return the MB that an experiment is likely to need, by the peaks of the segmenter's trainings in ``runs.csv``.
+def of_synthesis(config: Any, k1: int, size: int) -> float:
+    """Return the MB that the training of k1 generators at once is likely to need, each on a stream with its own memory.
 
-    Synthesis is not in these peaks; its generators are far smaller than a segmenter's batch.
+    By counting a step's tensors: 830 for each with four masks and windows of 96 px, 6,050 with whole patches of 256 px.
     """
+    side, masks = getattr(config, "crop", None) or size, getattr(config, "masks_per_step", 1)
+    return k1 * (GAN_MB + GAN_MB_PER_PIXEL * masks * side**2) + CONTEXT_MB
+
+
+def needed(runs: pd.DataFrame | None, segmenter: str) -> float:
+    """Return the MB that a segmenter is likely to need, by the peaks of its trainings in ``runs.csv``."""
     peaks = [] if runs is None else runs.loc[[_segmenter(c) == segmenter for c in runs["config"]], "peak_gpu_mb"]
     peak = max((peak for peak in peaks if peak > 0), default=None)  # NaN on a CPU
     return UNKNOWN_MB if peak is None else MARGIN * peak + CONTEXT_MB

@@ -133,7 +133,7 @@ class Plan:
                     progress.update(i)
                     run_one(self.pipeline, experiment, started)
         elif todo:
-            with self._ticket(stop, started) as ticket:
+            with self._ticket(stop, started, jobs) as ticket:
                 cuda = self.pipeline.device.type == "cuda"
                 work, look = partial(work_on, ticket), partial(probe, ticket)
                 backends.run_all(work, todo, jobs, backend, address, look, cuda)
@@ -145,7 +145,10 @@ class Plan:
         return failure.is_file() and failure.stat().st_mtime >= started - 1  # file systems round times
 
     @contextmanager
-    def _ticket(self, stop: float, started: float) -> Iterator[Ticket]:
+    def _ticket(self, stop: float, started: float, jobs: int) -> Iterator[Ticket]:
+        threads = torch.get_num_threads()
+        if self.pipeline.device.type == "cuda":  # on a CPU last digits depend on the number of threads
+            threads = max(1, threads // max(1, jobs))
         profile, dataset, root, _ = self.arguments
         dataset = dataset or self.pipeline.profile.dataset
         token = self.pipeline.store.root / f".shared-{uuid.uuid4().hex}"
@@ -162,7 +165,7 @@ class Plan:
                 str(home()),
                 str(token),
                 self.pipeline.dataset.fingerprint,
-                torch.get_num_threads(),
+                threads,
                 stop,
                 started,
             )

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
-from nucseg import __version__
+from nucseg import __version__, gan
 from nucseg.config import ConfigError, to_plain
 from nucseg.data import DataError
 from nucseg.experiments import Experiment
@@ -57,6 +57,11 @@ def run_one(pipeline: Pipeline, experiment: Experiment, since: float = math.inf)
             return "missing"
         except Exception:
             write_text(failure, json.dumps({**asdict(experiment), "traceback": traceback.format_exc()}, indent=1))
+            if pipeline.device.type == "cuda" and not gpu_memory.usable(pipeline.device):
+                raise BackendError(
+                    f"an experiment failed and took this process's GPU with it; {failure} says how. Everything else "
+                    "is kept: start again, and the experiments after it are run"
+                ) from None
             return "failed"
         failure.unlink(missing_ok=True)
         add_results(frame, runs)
@@ -71,6 +76,10 @@ def _measure(pipeline: Pipeline, experiment: Experiment) -> tuple[pd.DataFrame, 
         return work()
     path = published("tables", pipeline.profile.name) / "runs.csv"
     need = gpu_memory.needed(read_runs(path) if path.is_file() else None, experiment.segmenter)
+    if experiment.augmentation in gan.REGISTRY:
+        profile = pipeline.profile
+        painter = profile.synthesiser(experiment.augmentation)
+        need = max(need, gpu_memory.of_synthesis(painter, experiment.k1, profile.selection.size))
     return gpu_memory.run(work, need, gpu_memory.gpu(pipeline.device, home() / "runs" / ".gpu"))
 
 

@@ -7,8 +7,8 @@ Each rate is the median over three short runs, in images per second at one crop 
 crops, augmentation, targets, forward, backward, optimiser. Compare the ratios; a rate belongs to its machine.
 
 On a CPU, whose rate drifts, all take turns. On a GPU each has the memory to itself and leaves nothing behind (HoVer-Net
-alone fills half of 80 GB); peers and what a schedule is chosen by come first, and every rate is printed and written as
-soon as it is there, so a run that is cut off still leaves its numbers.
+alone fills half of 80 GB). An image's seconds, peers and what a schedule is chosen by come first, and every rate is
+printed and written as soon as it is there, so a run that is cut off still leaves its numbers.
 """
 
 from __future__ import annotations
@@ -246,25 +246,34 @@ def main() -> None:
         "graph, channels-last": {"cuda_graph": True},
         "eager": {"channels_last": False},
         "graph": {"channels_last": False, "cuda_graph": True},
+        "eager, channels-last, cuDNN's first choice": {"benchmark": False},
     }
     batches = {"hovernet": 32, **OTHERS} if cuda else few
-    for way, settings in ways.items():
-        for title, arguments in models.items():
-            base = arguments[0]
-            if "graph" in way and (not cuda or base in ("maskrcnn", "dpmsff", "pffnet")):  # nothing to capture
-                continue
-            if base in OTHERS and "channels-last" not in way:  # the layout is the others' question
-                continue
-            batch = batches.get(base, large)
-            contenders[f"{title} batch {batch} {precision}, {way}"] = partial(
-                our_training, *arguments, pairs, batch, crop, device, precision=precision, **settings
-            )
+
+    def add(title: str, way: str) -> None:
+        base, settings = models[title][0], ways[way]
+        if "graph" in way and (not cuda or base in ("maskrcnn", "dpmsff", "pffnet")):  # nothing to capture
+            return
+        batch = batches.get(base, large)
+        contenders[f"{title} batch {batch} {precision}, {way}"] = partial(
+            our_training, *models[title], pairs, batch, crop, device, precision=precision, **settings
+        )
+
+    first, second, *layouts = ways
+    ours = [title for title, arguments in models.items() if arguments[0] not in OTHERS]
+    for title in ours:
+        add(title, first)
+        add(title, second)
     contenders[f"augmentation and targets, batch {large}"] = lambda: batch_augmentation(pairs, large, crop, device)
-    contenders["augmentation and targets, plain loop"] = lambda: plain_augmentation(pairs, large, crop, device)
     for base, count in few.items():
-        contenders[f"{base} batch {count} fp32, {next(iter(ways))}"] = partial(
+        contenders[f"{base} batch {count} fp32, {first}"] = partial(
             our_training, *models[base], pairs, count, crop, device
         )
+    for title, way in ((title, way) for title in models if title not in ours for way in (first, second)):
+        add(title, way)
+    for title, way in ((title, way) for way in layouts for title in ours):
+        add(title, way)
+    contenders["augmentation and targets, plain loop"] = lambda: plain_augmentation(pairs, 4, crop, device)
     contenders = {name: make for name, make in contenders.items() if options.only in name}
 
     medians: dict[str, float] = {}
@@ -274,6 +283,16 @@ def main() -> None:
             options.out.write_text(json.dumps({"device": device, "crop": crop, "images_per_second": medians}, indent=1))
 
     print(f"{crop} px, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads; images/s")
+    if any("hoverlite" in name for name in contenders):
+        image = np.tile(pairs[0][0], (2, 2, 1))
+        for tta in ("none", "d4"):
+            config = lite(inference=InferenceConfig(tta=tta, precision=precision))
+            model = build("hoverlite", encoder, config, pretrained=False).to(device)
+            model.predict(image)
+            began = time.perf_counter()
+            model.predict(image)
+            passed = medians[f"seconds per {image.shape[0]} px image, averaging {tta}"] = time.perf_counter() - began
+            print(f"{passed:10.2f}  s for an image of {image.shape[0]} px, hoverlite, averaging {tta}")
     for group in [[name] for name in contenders] if cuda else [list(contenders)]:
         found = measure({name: contenders[name] for name in group}, seconds, turns, device)
         gc.collect()
@@ -290,17 +309,6 @@ def main() -> None:
     )
     if loop and ours:
         print(f"augmentation and targets: {ours / loop:.1f} x the plain loop")
-    if any("hoverlite" in name for name in medians):
-        image = np.tile(pairs[0][0], (2, 2, 1))
-        for tta in ("none", "d4"):
-            config = lite(inference=InferenceConfig(tta=tta, precision=precision))
-            model = build("hoverlite", encoder, config, pretrained=False).to(device)
-            model.predict(image)
-            began = time.perf_counter()
-            model.predict(image)
-            passed = medians[f"seconds per {image.shape[0]} px image, averaging {tta}"] = time.perf_counter() - began
-            print(f"{passed:10.2f}  s for an image of {image.shape[0]} px, hoverlite, averaging {tta}")
-        save()
 
 
 if __name__ == "__main__":

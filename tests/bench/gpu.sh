@@ -24,10 +24,13 @@ part() {  # NAME SECONDS COMMAND...: run it, keep what it prints, go on whatever
 
 # Only the files that hold some: to collect all takes longer than to run these.
 mapfile -t files < <(grep -lF '@pytest.mark.gpu' tests/test_*.py)
-part tests 110 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${files[@]}"
-part gan 150 "$python" tests/bench/bench_gan.py --seconds 8 --out "$out/gan.json"
-part training 130 "$python" tests/bench/bench_training.py --out "$out/training.json"
-part inference 60 "$python" tests/bench/bench_inference.py --images 14
+# In several processes: one whose recording fails spoils it for all tests after it.
+side_by_side=()
+"$python" -c 'import xdist' 2> /dev/null && side_by_side=(-n 4 --dist loadfile)
+part tests 100 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${side_by_side[@]}" "${files[@]}"
+part gan 150 "$python" tests/bench/bench_gan.py --seconds 4 --out "$out/gan.json"
+part training 150 "$python" tests/bench/bench_training.py --out "$out/training.json"
+part inference 60 "$python" tests/bench/bench_inference.py --images 4 --size 4000
 if [ -n "${NUCSEG_DATA:-}" ]; then
-  part selection 60 "$python" tests/bench/bench_cps.py --random-weights --out "$out/selection.json"
+  part selection 40 "$python" tests/bench/bench_cps.py --random-weights --out "$out/selection.json"
 fi
