@@ -39,6 +39,26 @@ def test_an_arm_is_there_once_with_its_mean_over_images_and_then_seeds():
     assert one["AJI sd"] == pytest.approx(np.std(by_hand, ddof=1))
 
 
+def test_of_a_profile_without_the_papers_tables_the_strategies_are_listed():
+    frame = summary()
+    one = frame[(frame["profile"] == "sample-choices") & (frame["arm"] == "K-means + NaiveAug, hoverlite")]
+    one = one[one["dataset"] == "kumar"].iloc[0]
+    lines = read_results(published("tables", "sample-choices") / "results.csv")
+    lines = lines[(lines["selection"] == "kmeans") & (lines["dataset"] == "kumar")]
+    assert one["AJI"] == pytest.approx(lines.groupby("seed")["aji"].mean().mean())
+    assert one["paper's row"] == ""
+    assert "K-means + NaiveAug, hoverlite" not in set(frame.loc[frame["profile"] == "sample-seeds", "arm"])
+
+
+def test_arms_with_one_seed_are_folded_away():
+    frame = summary()
+    shown, folded = markdown(frame).split("<details>")
+    assert shown.count("\n| ") == (frame["seeds"] > 1).sum()
+    assert f"{(frame['seeds'] == 1).sum()} more arms" in folded
+    assert markdown(frame[frame["seeds"] == 1]).startswith("<details>")
+    assert "<details>" not in markdown(frame[frame["seeds"] > 1])
+
+
 def test_a_printed_number_stands_only_beside_results_on_the_same_data():
     frame = summary()
     assert frame.loc[frame["dataset"] == "tissue", "its AJI"].isna().all()

@@ -1,4 +1,7 @@
-"""The README's table of what was run: one line per arm of Tables I to VI that has results, from the files alone.
+"""The README's table of what was run: one line per arm that has results, from the files alone.
+
+Of a profile that runs some of Tables I to VI it is their arms, of others those of Tables S and B. Arms with several
+seeds come first; those with one are folded away.
 
     python -m nucseg.tables.summary README.md     # or: make readme
 
@@ -16,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nucseg import beyond
 from nucseg.paper import TABLES, Row, rows
 from nucseg.profiles import load_profile
 from nucseg.profiles import names as profile_names
 from nucseg.results import read_results, read_runs
+from nucseg.results.settings import teachers
 from nucseg.store import published
 from nucseg.tables import DATASET_NAMES, Measured, measure
 
@@ -64,9 +69,50 @@ def summary() -> pd.DataFrame:
                 for one in measure(rows(table), of_dataset, dataset, settings, runs):
                     if one.found:
                         arms.setdefault(one.planned, []).append(one)
-            for same in arms.values():
-                lines.append(_line(name, dataset, same, minutes))
+            made = [_line(name, dataset, same, minutes) for same in arms.values()]
+            if not any(settings.rows.values()):
+                known = {line["arm"] for line in made}
+                made += [line for line in _beyond(name, dataset, of_dataset, runs, minutes) if line["arm"] not in known]
+            lines += made
     return pd.DataFrame(lines)
+
+
+def _beyond(
+    profile: str, dataset: str, results: pd.DataFrame, runs: pd.DataFrame, minutes: dict[str, float]
+) -> list[dict[str, object]]:
+    """Return the lines of Table S, and of full supervision as Table B has it."""
+    settings, taught = load_profile(profile).grid, teachers(runs)
+    frames = [beyond.strategy_frame(results, dataset, settings), beyond.budget_frame(results, dataset, settings)]
+    arms = pd.concat([frames[0][frames[0]["id"] != "S.all"], frames[1][frames[1]["id"] == "B.all"]])
+    lines = []
+    for _, arm in arms.iterrows():
+        key, full = arm["id"].split(".")[1], arm["id"] == "B.all"
+        of_arm = [run for run in results["run_id"].unique() if run[:8] in arm["runs"].split()]
+        rounds = settings.full_rounds if full else settings.strategy_rounds
+        segmenter = results.loc[results["run_id"].isin(of_arm), "segmenter"].iloc[0]
+        lines.append(
+            {
+                "profile": profile,
+                "dataset": dataset,
+                "arm": _arm(key, "naive", rounds, taught.get(of_arm[0], ""), segmenter),
+                "labelled pixels": arm["ours label share"],
+                "seeds": arm["seeds"],
+                "AJI": arm["ours AJI"],
+                "AJI sd": arm["ours AJI sd"],
+                "paper's row": "",
+                "its AJI": np.nan,
+                "difference": np.nan,
+                "Dice": arm["ours Dice"],
+                "minutes a run": float(np.mean([minutes[run] for run in of_arm])),
+            }
+        )
+    return lines
+
+
+def _arm(selection: str, augmentation: str, rounds: int, teacher: str, segmenter: str) -> str:
+    parts = [WORDS.get(name, name) for name in (selection, augmentation)]
+    parts += [teacher or f"{rounds} round{'s' * (rounds > 1)}"] * bool(rounds)
+    return f"{' + '.join(parts)}, {segmenter}"
 
 
 def _minutes(runs: pd.DataFrame) -> dict[str, float]:
@@ -79,12 +125,10 @@ def _line(profile: str, dataset: str, same: list[Measured], minutes: dict[str, f
     e = first.found[0]
     printed = None if first.teacher else _printed(first.row, e.segmenter, dataset)
     paper, (aji, spread) = printed.paper[dataset]["aji"] if printed else np.nan, first.mean("aji")
-    parts = [WORDS.get(name, name) for name in (e.selection, e.augmentation)]
-    parts += [first.teacher or f"{e.rounds} round{'s' * (e.rounds > 1)}"] * bool(e.rounds)
     return {
         "profile": profile,
         "dataset": dataset,
-        "arm": f"{' + '.join(parts)}, {e.segmenter}",
+        "arm": _arm(e.selection, e.augmentation, e.rounds, first.teacher, e.segmenter),
         "labelled pixels": first.mean("label_share")[0],
         "seeds": len(first.found),
         "AJI": aji,
@@ -107,7 +151,19 @@ def _printed(row: Row, segmenter: str, dataset: str) -> Row | None:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """Return the summary as a Markdown table; what repeats the line above is left empty."""
+    """Return the summary in Markdown: the arms with several seeds, and folded away those with one."""
+    several = frame["seeds"] > 1
+    parts = [_table(frame[several])] if several.any() else []
+    if (~several).any():
+        parts.append(
+            f"<details>\n<summary>One seed each: {(~several).sum()} more arms</summary>\n\n{_table(frame[~several])}\n"
+            "\n</details>"
+        )
+    return "\n\n".join(parts)
+
+
+def _table(frame: pd.DataFrame) -> str:
+    """Return lines of the summary as a Markdown table; what repeats the line above is left empty."""
     lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * 3}{'---:|' * 3}---|{'---:|' * 4}"]
     above = ("", "")
     for _, one in frame.iterrows():
