@@ -20,10 +20,11 @@ from nucseg.config import nearest
 from nucseg.data.layouts import rows
 from nucseg.data.tissue import SYNTHETIC_NOTE, splits
 from nucseg.experiments import Experiment, GridSettings, grid
+from nucseg.paper import Row, Spec
 from nucseg.results import COUNTED, EXPERIMENT, ResultsError, check_results
 from nucseg.selection import STRATEGIES
 from nucseg.stats import RankTest, friedman_nemenyi, holm, paired_tests, seed_test
-from nucseg.tables import Table, one_profile
+from nucseg.tables import Measured, Table, measure, one_profile
 from nucseg.tables.notes import OVER_SEEDS
 
 TABLE, BUDGET = "S", "B"
@@ -78,10 +79,12 @@ def budget_experiments(dataset: str, settings: GridSettings, images: int | None 
     planned = _arms(dataset, settings, _strategies(settings, "budget_strategies"), budgets)
     most = images or _training_images(dataset) or np.inf
     planned = tuple(e for e in planned if e.selection != "random-centre-crop" or e.k1 <= most)
-    segmenter, rounds = planned[0].segmenter, settings.full_rounds
-    return planned + tuple(
-        Experiment(dataset, "all", 0, 0, "naive", segmenter, rounds, seed) for seed in settings.seeds
-    )
+    return (*planned, *_full(dataset, settings))
+
+
+def _full(dataset: str, settings: GridSettings) -> list[Experiment]:
+    segmenter = settings.substitutes.get("maskrcnn", "maskrcnn")
+    return [Experiment(dataset, "all", 0, 0, "naive", segmenter, settings.full_rounds, seed) for seed in settings.seeds]
 
 
 def _arms(
@@ -119,6 +122,22 @@ def _strategies(settings: GridSettings, field: str) -> tuple[str, ...]:
 
 
 # -- what was measured -----------------------------------------------------------------------------------------
+
+
+def measured(
+    lines: pd.DataFrame, dataset: str, settings: GridSettings, runs: pd.DataFrame | None = None
+) -> list[Measured]:
+    """Find what was measured for the rows of Table S and for Table B's full supervision, ``"S.cps"`` to ``"B.all"``."""
+    plans: dict[str, list[Experiment]] = {}
+    for e in strategy_experiments(dataset, settings):
+        plans.setdefault(f"{TABLE}.{e.selection}", []).append(e)
+    plans[f"{BUDGET}.all"] = _full(dataset, settings)
+    rows = []
+    for name, (first, *_) in plans.items():
+        table, key = name.split(".")
+        spec = Spec(first.selection, first.augmentation, first.segmenter, plabel=first.rounds > 0)
+        rows.append(Row(table, key, "all labels" if table == BUDGET else key, spec, {}))
+    return measure(tuple(rows), lines, dataset, settings, runs, [tuple(plan) for plan in plans.values()])
 
 
 def _lines(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from test_tables import lines_of
 
+from nucseg.beyond import budget_experiments
 from nucseg.experiments import experiments_of
 from nucseg.paper import row
 from nucseg.profiles import load_profile
@@ -68,6 +69,20 @@ def test_only_seeds_that_both_have_are_compared(place):
     theirs = theirs[(theirs["selection"] == "all") & theirs["seed"].isin([21, 100])]
     assert full["seeds"] == 2
     assert full["second AJI"] == pytest.approx(theirs["aji"].mean())
+
+
+def test_strategies_meet_too_and_all_labels_may_be_the_reference(place):
+    for profile, gain in (("sample-choices", 0.0), ("sample-recipes", 0.03)):
+        settings = load_profile(profile).grid
+        plan = [e for e in budget_experiments("kumar", settings) if e.seed in (21, 100)]
+        lines = [lines_of(e, np.full(6, 0.4 + gain + 0.1 * (e.selection == "all") + e.seed / 1e4)) for e in plan]
+        place(profile, pd.concat(lines, ignore_index=True).assign(profile=profile, run_id=profile))
+    frame = compare("sample-recipes", "sample-choices", "kumar").set_index("id")
+    assert set(frame.index) == {"S.cps", "S.random-crop", "B.all"}
+    np.testing.assert_allclose(frame["mean difference"], 0.03)
+    frame = compare("sample-recipes", "sample-choices", "kumar", "B.all").set_index("id")
+    assert frame.loc["S.cps", "mean difference"] == pytest.approx(-0.07)
+    assert frame.loc["S.cps", "against"] == "all labels"
 
 
 def test_every_row_may_be_compared_with_one_row_of_the_other(place):

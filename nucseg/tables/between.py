@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nucseg import beyond
 from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError, read_results, read_runs
@@ -30,7 +31,7 @@ NOTES = (
 
 
 def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.DataFrame:
-    """Compare every row of Tables I to VI that two profiles have results for.
+    """Compare every row of Tables I to VI and S, and Table B's full supervision, that two profiles have results for.
 
     Parameters
     ----------
@@ -79,6 +80,7 @@ def _measured(profile: str, dataset: str) -> tuple[dict[str, Measured], str]:
         raise ResultsError(f"{path}: no results on {dataset!r}; nucseg run --profile {profile} --dataset {dataset}")
     runs = read_runs(path.with_name("runs.csv")) if path.with_name("runs.csv").is_file() else None
     found = {one.row.id: one for table in TABLES for one in measure(rows(table), lines, dataset, settings.grid, runs)}
+    found |= {one.row.id: one for one in beyond.measured(lines, dataset, settings.grid, runs)}
     return {name: one for name, one in found.items() if one.found}, str(lines["fingerprint"].iloc[0])
 
 

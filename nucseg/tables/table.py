@@ -8,6 +8,7 @@ none of ours. CSV, Markdown, LaTeX and HTML are written from the same frame.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,10 +228,14 @@ def measure(
     dataset: str,
     settings: GridSettings,
     runs: pd.DataFrame | None = None,
+    plans: Sequence[tuple[Experiment, ...]] | None = None,
 ) -> list[Measured]:
-    """Find what was measured for each row among the lines of one dataset; errors are those of `make_table`."""
+    """Find what was measured for each row among the lines of one dataset; errors are those of `make_table`.
+
+    `plans` are the experiments of each row, where they are others than the profile's settings say.
+    """
     taught = {} if runs is None else teachers(runs)
-    plans = [experiments_of(row, dataset, settings) for row in table]
+    plans = [experiments_of(row, dataset, settings) for row in table] if plans is None else plans
     wanted = {experiment for plan in plans for experiment in plan}
     places = lines.groupby(list(EXPERIMENT), sort=False).indices if len(lines) else {}
     results = {Experiment(*key): lines.iloc[at] for key, at in places.items() if Experiment(*key) in wanted}
