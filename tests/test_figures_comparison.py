@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from nucseg.beyond import BudgetCurve
@@ -108,7 +109,8 @@ def test_each_row_of_the_forest_has_its_interval_in_its_colour_and_its_numbers_b
             forest(row="SinGAN", **{"mean difference": 0.02, "CI low": 0.01, "CI high": 0.03}),
             forest(row="cycleGAN", **{"mean difference": 0.0, "CI low": -0.01, "CI high": 0.01}),
             forest(row="CSinGAN [run with hoverlite]", why="reference", **none),
-            forest(row="pix2pix", why="not run in this profile", images=0, seeds=0, **none),
+            forest(row="pix2pix", why="not run yet", images=0, seeds=0, **none),
+            forest(row="no such row", why="not run in this profile", images=0, seeds=0, **none),
             forest(table="VI", row="K1 = 6", **{"CI low": np.nan, "CI high": np.nan}),
         ]
     )
@@ -122,11 +124,13 @@ def test_each_row_of_the_forest_has_its_interval_in_its_colour_and_its_numbers_b
     assert [to_hex(c.get_color()[0]).upper() for c in drawn[:2]] == [VERMILION, BLUE]
     found = texts(figure)
     for text in (
-        *("II · Augmentation", "VI · K1 and K2", "NaiveAug", "14 × 4", "not run in this profile", "reference"),
+        *("II · Augmentation", "VI · K1 and K2", "NaiveAug", "14 × 4", "not run yet", "reference"),
         *("−0.030  [−0.050, −0.010]", "+0.020  [+0.010, +0.030]", "0  [−0.010, +0.010]", "−0.030"),
         "CSinGAN [hoverlite]",
     ):
         assert text in found, text
+    assert "no such row" not in found
+    assert "not run in this profile: 1 more" in axis.get_xlabel()
     grey = next(text for text in axis.texts if text.get_text() == "pix2pix")
     assert grey.get_color() != next(text for text in axis.texts if text.get_text() == "NaiveAug").get_color()
     assert -0.05 > axis.get_xlim()[0] == -axis.get_xlim()[1]
@@ -191,3 +195,11 @@ def test_a_picture_for_a_notebook_is_small_and_looks_the_same():
     assert len(light) < 0.6 * len(whole.getvalue())
     one, other = (np.asarray(Image.open(io.BytesIO(b)).convert("RGB"), float) for b in (whole.getvalue(), light))
     assert np.abs(one - other).mean() < 1.0
+
+
+def test_thin_lines_keep_their_colour_in_a_notebook():
+    rows = [forest(row=f"row {i}", **{"mean difference": 0.001 * i}) for i in range(30)]
+    rows += [forest(**{"mean difference": 0.02, "CI low": 0.01, "CI high": 0.03})]
+    found = np.asarray(Image.open(io.BytesIO(png(forest_plot(pd.DataFrame(rows))))).convert("RGB")).reshape(-1, 3)
+    for colour in (BLUE, VERMILION):
+        assert (np.abs(found - np.array(to_rgb(colour)) * 255).max(axis=1) < 3).sum() > 20, colour

@@ -88,6 +88,16 @@ def test_ours_is_the_mean_over_images_then_mean_and_deviation_over_seeds():
         assert found[f"ours {name}"] == pytest.approx(0.4 + 0.001 * place)
 
 
+def test_a_brief_table_has_the_rows_that_were_run_and_says_how_many_were_not():
+    first, _ = experiments_of(row("I.cps"), "kumar", SETTINGS)
+    table = make_table("I", lines_of(first, [0.1, 0.3]), "kumar", SETTINGS)
+    brief = table.brief()
+    assert list(brief.frame["id"]) == ["I.cps"]
+    assert set(table.frame) - set(brief.frame) == {"ours AJI+", "ours F1", "runs"}
+    assert brief.notes[-1].startswith("9 more rows were not run")
+    assert len(make_table("I", empty_results(), "kumar", SETTINGS).brief().frame) == 10
+
+
 def test_one_seed_has_no_deviation_and_says_that_seeds_are_missing():
     first, _ = experiments_of(row("I.cps"), "kumar", SETTINGS)
     table = make_table("I", lines_of(first, [0.1, 0.3]), "kumar", SETTINGS)

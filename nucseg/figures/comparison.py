@@ -22,6 +22,7 @@ from PIL import Image
 
 from nucseg.beyond import REFERENCE, BudgetCurve
 from nucseg.stats import RankTest
+from nucseg.tables import NOT_IN_PROFILE
 
 INK, GREY, FAINT = "0.2", "0.55", "0.85"
 BLUE, GREEN, VERMILION = "#0072B2", "#009E73", "#D55E00"
@@ -52,7 +53,9 @@ def png(figure: Figure, colours: int = 64, dpi: int = 100) -> bytes:
     """Return a figure as a PNG of few colours, a third of the usual size: notebooks carry their pictures."""
     whole, light = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", dpi=dpi, bbox_inches="tight")
-    Image.open(whole).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(light, "png", optimize=True)
+    # Not PIL's usual method, which mixes the few pixels of a thin coloured line into the many grey ones.
+    few = Image.open(whole).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(light, "png", optimize=True)
     return light.getvalue()
 
 
@@ -167,9 +170,11 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     Figure
         Thin: the interval over images, its numbers beside it. The pale bar behind is the interval over seeds, where
         there are several. Blue where all intervals of a row lie above 0, vermilion where they lie below, else grey:
-        the interval over images alone does not know the luck of the patches. Rows that were not run, or not compared,
-        are listed in grey with the reason.
+        the interval over images alone does not know the luck of the patches. Rows that were not run yet, or not
+        compared, are listed in grey with the reason; of those that the profile does not run only the number is told.
     """
+    left_out = frame["why"] == NOT_IN_PROFILE
+    frame = frame[~left_out]
     lines = _forest_lines(frame)
     height = 0.165 * len(lines)
     figure = Figure(figsize=(10.0, height + 0.9))
@@ -202,7 +207,8 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     what = "AJI of the row minus AJI of its reference (◇), paired by test image, seeds averaged\n"
     what += "thin: interval over images" + "; pale: interval over seeds" * bool(pale)
     colours = "in colour only where both exclude 0" if pale else "in colour where it excludes 0"
-    axis.set_xlabel(f"{what}; {colours}", fontsize=8)
+    rest = f"\nnot run in this profile: {left_out.sum()} more" if left_out.any() else ""
+    axis.set_xlabel(f"{what}; {colours}{rest}", fontsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(7))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if abs(x) > 1e-9 else "0"))
     axis.grid(axis="x", color="0.9", linewidth=0.6)

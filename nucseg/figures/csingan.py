@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from nucseg.gan.csingan import ScaleView
 
-_COLUMNS = ("mask $m_n$", "noise $z_n$", "output $y_n$", "real $x_n$")
+_COLUMNS = ("mask $m_n$", "noise $z_n$ (equal contrast)", "output $y_n$", "real $x_n$")
 _CRITICS = {"global": "$D_g$ (whole image)", "foreground": "$D_f$ (nuclei)", "background": "$D_b$ (background)"}
 
 
@@ -62,7 +62,7 @@ def figure5(
     _losses(left, joined, ends, {_CRITICS[terms[k].removeprefix("distance_")]: k for k in distances})
     left.set_title("E[D(x)] - E[D(y)] of each critic", fontsize=8)
     _losses(right, joined, ends, {"L_REC": list(terms).index("reconstruction")})
-    right.set_title("reconstruction of the real pair, $|y - x|^2$", fontsize=8)
+    right.set_title("$L_{REC}$: reconstruction of the real pair, $|y - x|^2$", fontsize=8)
     return figure
 
 
@@ -104,4 +104,5 @@ def _losses(axis: Axes, losses: np.ndarray, ends: np.ndarray, lines: Mapping[str
         axis.axvline(end, color="0.6", linewidth=0.7, linestyle=":")
     axis.set_xlabel("step (dotted: next scale)", fontsize=8)
     axis.tick_params(labelsize=7)
-    axis.legend(fontsize=7, frameon=False)
+    if len(lines) > 1:
+        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -70,7 +70,9 @@ def figure3(
 
     colours = _colours(k1)
     _level(left, features, result.coarse, colours, seed, (("s", nearest), ("*", result.chosen)))
-    left.set_title(f"coarse: {len(features):,} patches, $K_1$ = {k1}", fontsize=9)
+    left.set_title(
+        f"coarse: {len(features):,} patches, $K_1$ = {k1}\nsquare: nearest to the centre, star: chosen", fontsize=9
+    )
 
     rows = np.flatnonzero(result.coarse == shown)
     fine = result.fine[rows].ravel()
@@ -82,7 +84,7 @@ def figure3(
     share = (fine == largest).mean()
     middle.set_title(
         f"fine, in cluster {shown}: {len(fine):,} sub-regions\n"
-        f"largest of {fine.max() + 1} in colour ({share:.0%}); stars: the chosen patch's",
+        f"in colour the largest of {fine.max() + 1} ({share:.0%}), grey the others; stars: the chosen patch's",
         fontsize=9,
     )
     _term_bars(right, result.terms[nearest], result.terms[result.chosen], colours)
@@ -226,8 +228,8 @@ def _level(
         size = 110 if shape == "*" else 36
         axes.scatter(*place.T, s=size, marker=shape, c=colours[labels[list(picks)]], edgecolors="black", linewidths=0.8)
     explained = pca.explained_variance_ratio_
-    axes.set_xlabel(f"component 1 ({explained[0]:.0%})", fontsize=8)
-    axes.set_ylabel(f"component 2 ({explained[1]:.0%})", fontsize=8)
+    axes.set_xlabel(f"PC 1 ({explained[0]:.0%} of the variance)", fontsize=8)
+    axes.set_ylabel(f"PC 2 ({explained[1]:.0%})", fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -245,6 +247,8 @@ def _term_bars(axes: Axes, nearest: np.ndarray, chosen: np.ndarray, colours: np.
     for tick, colour in zip(axes.get_xticklabels(), colours, strict=True):
         tick.set_color(colour)
     axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel("coarse cluster", fontsize=8)
+    axes.set_ylabel("distance in feature space", fontsize=8)
     axes.set_ylim(0, 1.35 * float(max(nearest.sum(1).max(), chosen.sum(1).max(), 1e-9)))
     axes.legend(fontsize=7, loc="upper left", frameon=False)
     axes.set_title("Eq. 1 by coarse cluster\npale: nearest to the centre, full: chosen", fontsize=9)

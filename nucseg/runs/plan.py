@@ -251,14 +251,18 @@ class Plan:
         counts = ", ".join(f"{list(states.values()).count(name)} {name}" for name in STATES)
         runs_file = self.results_file.with_name("runs.csv")
         runs = read_runs(runs_file) if runs_file.is_file() else None
-        spent = spent_minutes(runs)
+        spent = spent_minutes(runs if runs is None else runs[runs["config"].map(self._is_ours)])
         summary = f"{self.pipeline.profile.name}, {self.pipeline.dataset.name}: {counts}"
-        lines.append(f"{summary}; {spent:.1f} minutes spent in this profile")
+        lines.append(f"{summary}; {spent:.1f} minutes spent on this dataset")
         if set(states.values()) - {"done"}:
             lines.append(str(self.estimate()))
         lines += self._outdated(runs, states)
         lines += [f"  why it failed: {path}" for e in states if (path := failure_file(self.pipeline, e)).is_file()]
         return "\n".join(lines)
+
+    def _is_ours(self, config: str) -> bool:
+        made = experiment_of(config)
+        return made is None or made.get("dataset") == self.pipeline.dataset.name
 
     def _outdated(self, runs: pd.DataFrame | None, states: Mapping[Experiment, str]) -> list[str]:
         """Say which results were made with other settings than the profile has now."""

@@ -9,7 +9,7 @@ none of ours. CSV, Markdown, LaTeX and HTML are written from the same frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,16 @@ class Table:
     def caption(self) -> str:
         """The line above the table."""
         return f"Table {self.number}. {self.title} ({named(self.dataset)}, {self.profile})"
+
+    def brief(self) -> Table:
+        """Return the rows that were run, without the columns that fewest read; a note says what was left out."""
+        ran = ~self.frame["status"].isin((NOT_YET, NOT_IN_PROFILE))
+        if not ran.any():
+            return self
+        frame = self.frame[ran].reset_index(drop=True).drop(columns=["ours AJI+", "ours F1", "runs"], errors="ignore")
+        rest = f"{(~ran).sum()} more rows were not run; they and " if not ran.all() else ""
+        note = f"{rest}the columns AJI+, F1 and runs are in the files of this table."
+        return replace(self, frame=frame, notes=(*self.notes, note))
 
     def __repr__(self) -> str:
         return self.caption
