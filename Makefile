@@ -1,6 +1,6 @@
 # make reproduce   the whole paper in small, on the built-in tissue: some minutes on two CPU cores
 # make test        the whole test suite, the five notebooks included
-# make readme      the README's table of what was run, from tables/*/results.csv
+# make readme      the tables in README.md and docs/results.md, from tables/*/results.csv
 # make gpu         with a CUDA device, 8 minutes: the tests marked gpu, then rates beside their peers, into OUT=FOLDER
 # make lint        ruff over modules, tests and notebooks
 # Each first makes its own virtual environment in .venv and installs nucseg there.
@@ -38,6 +38,7 @@ test: $(VENV)/tests-installed
 
 readme: $(VENV)/installed
 	$(BIN)/python -m nucseg.tables.summary README.md
+	$(BIN)/python -m nucseg.tables.reading docs/results.md
 
 gpu: $(VENV)/tests-installed
 	PYTHON=$(abspath $(BIN))/python bash tests/bench/gpu.sh $(abspath $(OUT))

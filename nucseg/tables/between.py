@@ -53,7 +53,7 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     ResultsError
         If there are no results, the profiles' data differ, or no row is in both.
     """
-    (mine, my_data), (theirs, their_data) = (_measured(profile, dataset) for profile in (first, second))
+    (mine, my_data), (theirs, their_data) = (measured_of(profile, dataset) for profile in (first, second))
     if my_data != their_data:
         raise ResultsError(f"{dataset}: {first} has data version {my_data}, {second} has {their_data}: not comparable")
     if reference and reference not in theirs:
@@ -70,8 +70,14 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     return pd.DataFrame(lines)
 
 
-def _measured(profile: str, dataset: str) -> tuple[dict[str, Measured], str]:
-    """Return what a profile has results for, by row id, and the version of its data."""
+def measured_of(profile: str, dataset: str) -> tuple[dict[str, Measured], str]:
+    """Return what a profile has results for, by row id, and the version of its data.
+
+    Raises
+    ------
+    ResultsError
+        If there are none.
+    """
     settings = load_profile(profile)
     path = published("tables", settings.name) / "results.csv"
     lines = read_results(path) if path.is_file() else pd.DataFrame({"dataset": []})
@@ -86,7 +92,7 @@ def _measured(profile: str, dataset: str) -> tuple[dict[str, Measured], str]:
 
 def _line(one: Measured, other: Measured) -> dict[str, object]:
     common = {e.seed for e in one.found} & {e.seed for e in other.found}
-    one, other = (_of_seeds(each, common) for each in (one, other)) if common else (one, other)
+    one, other = (of_seeds(each, common) for each in (one, other)) if common else (one, other)
     tests, seeds = paired_tests(*paired(one, other)), over_seeds(one, other)
     line: dict[str, object] = {"row": one.label, "id": one.row.id, "against": other.label}
     for place, each in (("first", one), ("second", other)):
@@ -97,7 +103,8 @@ def _line(one: Measured, other: Measured) -> dict[str, object]:
     return line | {"images": tests.n, "seeds": len(common) or np.nan}
 
 
-def _of_seeds(one: Measured, seeds: set[int]) -> Measured:
+def of_seeds(one: Measured, seeds: set[int]) -> Measured:
+    """Return what was measured with these seeds alone."""
     found = tuple(e for e in one.found if e.seed in seeds)
     return replace(one, found=found, lines=one.lines[one.lines["seed"].isin(seeds)])
 

@@ -1,0 +1,119 @@
+"""The two tables of docs/results.md: what the choice of patches is worth, and what unlabelled pixels add to it.
+
+    python -m nucseg.tables.reading docs/results.md     # or: make readme
+
+Intervals are over seeds, as in the tables of `nucseg tables` and `nucseg compare`; here two sets stand side by side.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nucseg.beyond import REFERENCE
+from nucseg.profiles import load_profile
+from nucseg.tables.between import measured_of, of_seeds
+from nucseg.tables.summary import WORDS
+from nucseg.tables.table import DATASET_NAMES, Measured, over_seeds
+
+DATASETS = ("kumar", "tnbc")
+CHOICES, RECIPES, PILOT = "sample-choices", "sample-recipes", "sample-seeds"
+FULL = "B.all"
+
+
+def choices() -> str:
+    """Return each strategy's gain over random crops, over all seeds and over those that the pilot did not have."""
+    pilot = set(load_profile(PILOT).grid.random_seeds)
+    header, found = ["patches"], {}
+    for dataset in DATASETS:
+        found[dataset] = measured_of(CHOICES, dataset)[0]
+        seeds = {e.seed for e in found[dataset][f"S.{REFERENCE}"].found}
+        name = DATASET_NAMES[dataset]
+        header += [f"{name}, {len(seeds)} seeds", f"the {len(seeds - pilot)} that the pilot did not have", "nuclei"]
+    lines = []
+    for row in _by_score(found):
+        cells = [_word(row)]
+        for dataset in DATASETS:
+            one, chance = found[dataset][row], found[dataset][f"S.{REFERENCE}"]
+            new = {e.seed for e in one.found} - pilot
+            if row == f"S.{REFERENCE}":
+                cells += [_mean(one), ""]
+            else:
+                cells += [_difference(one, chance), _difference(of_seeds(one, new), of_seeds(chance, new))]
+            cells.append(f"{one.mean('label_nuclei')[0]:.1f}")
+        lines.append(cells)
+    return _markdown(header, lines)
+
+
+def recipes() -> str:
+    """Return each strategy's AJI with a mean teacher, its gain by it, and how far it is from chance and all labels."""
+    header, found, before, full = ["patches"], {}, {}, {}
+    for dataset in DATASETS:
+        found[dataset] = measured_of(RECIPES, dataset)[0]
+        before[dataset], full[dataset] = measured_of(CHOICES, dataset)[0], measured_of(PILOT, dataset)[0][FULL]
+        header += [f"{DATASET_NAMES[dataset]}, AJI", "gain by the teacher", "over random crops", "to all labels"]
+    lines = []
+    for row in [*_by_score(found), FULL]:
+        cells = [_word(row)]
+        for dataset in DATASETS:
+            one, chance, top = (found[dataset][name] for name in (row, f"S.{REFERENCE}", FULL))
+            alone = full[dataset] if row == FULL else before[dataset][row]
+            common = {e.seed for e in one.found} & {e.seed for e in alone.found}
+            cells += [_mean(one), _difference(of_seeds(one, common), of_seeds(alone, common))]
+            cells += ["" if row in (FULL, f"S.{REFERENCE}") else _difference(one, chance)]
+            cells += ["" if row == FULL else _difference(one, top)]
+        lines.append(cells)
+    return _markdown(header, lines)
+
+
+TABLES = {"choices": choices, "recipes": recipes}
+
+
+def _by_score(found: dict[str, dict[str, Measured]]) -> list[str]:
+    """Return the rows of Table S that every dataset has, best on the first one first, the reference last."""
+    first = found[DATASETS[0]]
+    rows = [name for name in first if name.startswith("S.") and all(name in rows for rows in found.values())]
+    return sorted(rows, key=lambda name: (name == f"S.{REFERENCE}", -first[name].mean("aji")[0]))
+
+
+def _word(row: str) -> str:
+    key = row.split(".")[1]
+    return {REFERENCE: "random crops", "probcover": "ProbCover"}.get(key, WORDS.get(key, key))
+
+
+def _mean(one: Measured) -> str:
+    mean, spread = one.mean("aji")
+    return f"{mean:.3f} ± {spread:.3f}"
+
+
+def _difference(one: Measured, other: Measured) -> str:
+    test = over_seeds(one, other)
+    low, high = (f"{value:+.3f}".replace("-", "−") for value in (test.ci_low, test.ci_high))
+    return f"{test.mean_difference:+.3f} ({low} to {high})".replace("-", "−")
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def with_tables(text: str) -> str:
+    """Return a page with the tables between their marks made anew.
+
+    Raises
+    ------
+    ValueError
+        If a mark is missing.
+    """
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"the page lacks the line {begin!r} or {end!r}, between which a table stands")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{make()}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
