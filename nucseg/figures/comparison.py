@@ -177,8 +177,9 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     frame = frame[~left_out]
     lines = _forest_lines(frame)
     height = 0.165 * len(lines)
-    figure = Figure(figsize=(10.0, height + 0.9))
-    axis = figure.add_axes((0.36, 0.45 / (height + 0.9), 0.36, height / (height + 0.9)))
+    below = 0.65 if left_out.any() else 0.45  # inches
+    figure = Figure(figsize=(10.0, height + below + 0.45))
+    axis = figure.add_axes((0.36, below / (height + below + 0.45), 0.36, height / (height + below + 0.45)))
     axis.set_ylim(len(lines) - 0.4, -0.6)
     reach = np.nanmax([frame[["mean difference", "CI low", "CI high"]].abs().max().max(), 0.01])
     # Two seeds can give an interval of any length; it may leave the picture.
