@@ -39,7 +39,7 @@ _TITLES = {
     "IV": "IV · Segmenters",
     "V": "V · Against all labels, same segmenter",
     "VI": "VI · K1 and K2",
-    "S": "S · Strategies, naive augmentation (not in the paper)",
+    "S": "S · Selection strategies, nothing painted (not in the paper)",
 }
 
 

@@ -17,7 +17,7 @@ from nucseg.experiments import GridSettings
 from nucseg.paper import TABLES, rows
 from nucseg.results import check_results
 from nucseg.stats import paired_tests
-from nucseg.tables import NOT_IN_PROFILE, Measured, measure, one_profile, over_seeds, paired, why_not_compared
+from nucseg.tables import Measured, measure, one_profile, over_seeds, paired, why_not_compared
 
 DIFFERENCE = ("mean difference", "CI low", "CI high", "seeds CI low", "seeds CI high")
 _FULL = {"mrcnn-ours": "mrcnn", "hovernet-ours": "hovernet"}
@@ -29,7 +29,7 @@ def forest_frame(
 ) -> pd.DataFrame:
     """Return every row of Tables I-VI and S with its difference to the row that it is compared with.
 
-    A table that the profile leaves out altogether, and of which nothing was run, is left out here too.
+    A table that the profile leaves out altogether is left out here too, whatever other tables' runs would fill in it.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ def forest_frame(
     one_profile(lines)
     made = []
     for table in TABLES:
-        measured = measure(rows(table), lines, dataset, settings, runs)
-        if all(one.status == NOT_IN_PROFILE for one in measured):
+        if not any(settings.runs(row) for row in rows(table)):
             continue
+        measured = measure(rows(table), lines, dataset, settings, runs)
         by_key = {one.row.key: one for one in measured}
         for one in measured:
             other = by_key.get(_reference(one) or "")
