@@ -23,7 +23,7 @@ ProfileOption = Annotated[str, typer.Option(help="sample, h100, paper, or the pa
 DatasetOption = Annotated[str, typer.Option(help="tissue, kumar, tnbc, monuseg or a folder; empty: the profile's own.")]
 RootOption = Annotated[str, typer.Option(help="Where the data lie; empty: the environment variable NUCSEG_DATA.")]
 MinutesOption = Annotated[
-    float, typer.Option(min=0, help="Begin nothing after so many minutes; the next start goes on. 0: no limit.")
+    float, typer.Option(min=0, help="Stop after so many minutes; the next start goes on there. 0: no limit.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where there is one.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]

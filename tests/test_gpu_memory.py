@@ -50,6 +50,15 @@ def test_a_process_without_a_gpu_cannot_use_one():
     assert not usable(torch.device("cuda"))
 
 
+def test_a_gpu_that_others_have_filled_is_still_usable(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch, "rand", full)
+    assert usable(torch.device("cuda"))
+
+
 def test_four_that_were_never_measured_fit_an_80_gb_gpu():
     assert 4 * UNKNOWN_MB <= 78 * 1024  # GiB that such a GPU has to give
 

@@ -122,6 +122,15 @@ def test_a_teacher_in_place_of_the_papers_rounds_is_named_and_not_compared_with_
     assert sum("teacher" in note for note in table.notes) == bool(word)
 
 
+def test_seeds_with_and_without_a_teacher_are_no_row():
+    lines = pd.concat([lines_of(e, [0.2, 0.2]) for e in experiments_of(row("III.ours"), "kumar", SETTINGS)])
+    first, second = lines["run_id"].unique()
+    runs = pd.DataFrame({"run_id": [first, second], "seconds": 1.0, "device": "cpu"})
+    runs["config"] = [json.dumps({"model": {"teacher": {"weight": 1.0}}}), "{}"]
+    with pytest.raises(ResultsError, match=r"III\.ours: some seeds were run with a mean teacher and some without"):
+        make_table("III", lines, "kumar", SETTINGS, runs=runs)
+
+
 def test_rows_that_are_the_same_runs_count_once_in_holms_correction():
     both = dataclasses.replace(SETTINGS, substitutes={"maskrcnn": "hoverlite", "hovernet": "hoverlite"})
     frame = make_table("IV", made_up(settings=both, tables=["III", "IV"]), "kumar", both).frame.set_index("id")

@@ -62,6 +62,8 @@ def usable(device: torch.device) -> bool:
         torch.cuda.empty_cache()
         torch.rand(1, device=device)
         torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return True  # others have filled it, which is no fault of this process
     except RuntimeError:
         return False
     return True

@@ -107,7 +107,8 @@ class Plan:
             Processes; experiments that share a stage wait for each other there and make it once. 0: one, or as many as
             the cluster has workers.
         minutes
-            Begin no further stage after so many minutes; 0 for no limit. All that was made is kept.
+            Begin no further stage after so many minutes, and stop the training in hand; 0 for no limit. All that was
+            made is kept, and the next start goes on inside that training.
         retry
             Run failed ones once more.
         backend, address

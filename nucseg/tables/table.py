@@ -265,7 +265,9 @@ def measure(
         best = [results[e][results[e]["best"] == 1] for e in found]
         segmenter = settings.segmenter(row)
         words = {taught.get(run, "") for group in last.values() for run in group["run_id"]}
-        teacher = words.pop() if len(words) == 1 else ""
+        if len(words) > 1:
+            raise ResultsError(f"{row.id}: some seeds were run with a mean teacher and some without: nucseg run --again")
+        teacher = words.pop() if words else ""
         label = f"{row.label} [run with {segmenter}]" if found and segmenter != row.spec.segmenter else row.label
         label += f" [{teacher}]" if teacher else ""
         if not found:
