@@ -127,7 +127,7 @@ def test_seeds_with_and_without_a_teacher_are_no_row():
     first, second = lines["run_id"].unique()
     runs = pd.DataFrame({"run_id": [first, second], "seconds": 1.0, "device": "cpu"})
     runs["config"] = [json.dumps({"model": {"teacher": {"weight": 1.0}}}), "{}"]
-    with pytest.raises(ResultsError, match=r"III\.ours: some seeds were run with a mean teacher and some without"):
+    with pytest.raises(ResultsError, match=r"III\.ours: some seeds were run with a mean teacher, some without"):
         make_table("III", lines, "kumar", SETTINGS, runs=runs)
 
 

@@ -266,7 +266,7 @@ def measure(
         segmenter = settings.segmenter(row)
         words = {taught.get(run, "") for group in last.values() for run in group["run_id"]}
         if len(words) > 1:
-            raise ResultsError(f"{row.id}: some seeds were run with a mean teacher and some without: nucseg run --again")
+            raise ResultsError(f"{row.id}: some seeds were run with a mean teacher, some without: nucseg run --again")
         teacher = words.pop() if words else ""
         label = f"{row.label} [run with {segmenter}]" if found and segmenter != row.spec.segmenter else row.label
         label += f" [{teacher}]" if teacher else ""
