@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nucseg.norm_act import fuse
+
 EMBEDDED = {
     "efficientnet_lite0": (
         "tf_efficientnet_lite0",
@@ -82,7 +84,7 @@ class Pyramid(nn.Module):
     def __init__(self, name: str, weights: str | Path | None = None, pretrained: bool = True):
         super().__init__()
         self.name = name
-        self.net = _create(name, weights, pretrained, features_only=True)
+        self.net = fuse(_create(name, weights, pretrained, features_only=True))
         self.channels = tuple(self.net.feature_info.channels())
         self.strides = tuple(self.net.feature_info.reduction())
         self.normalise = _Normalise(self.net)

@@ -12,6 +12,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, which torchvision does
+
 # Shapes in the annotations of tensor functions are enforced in tests, and in tests only.
 _TYPED = ("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models")
 if importlib.util.find_spec("beartype"):  # machines with a GPU and no network may lack it

@@ -54,6 +54,13 @@ def _convolution_backward(
     )
 
 
+def _empty(shape: torch.Size, like: Tensor) -> Tensor:
+    """Return memory of a shape in the layout of another tensor: the layout of what comes out follows the inputs'."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 class _Y(Function):
     """Y(x, w): the convolution."""
 
@@ -79,7 +86,7 @@ class _X(Function):
     def forward(ctx, g, w, shape):
         ctx.save_for_backward(g, w)
         # Of the input only the shape matters; memory that nobody writes or reads costs next to nothing.
-        return _convolution_backward(g, g.new_empty(shape), w, [True, False, False])[0]
+        return _convolution_backward(g, _empty(shape, w), w, [True, False, False])[0]
 
     @staticmethod
     def backward(ctx, h):
@@ -97,7 +104,7 @@ class _W(Function):
     @staticmethod
     def forward(ctx, g, x, shape):
         ctx.save_for_backward(g, x)
-        return _convolution_backward(g, x, g.new_empty(shape), [False, True, False])[1]
+        return _convolution_backward(g, x, _empty(shape, x), [False, True, False])[1]
 
     @staticmethod
     def backward(ctx, v):

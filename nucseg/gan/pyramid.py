@@ -359,7 +359,7 @@ def _seed(seed: int, *path: int) -> int:
 
 def _stack(nets: Sequence[nn.Module]) -> dict[str, Tensor]:
     states = [net.state_dict() for net in nets]
-    return {key: torch.stack([state[key] for state in states]).cpu() for key in states[0]}
+    return {key: torch.stack([state[key] for state in states]).cpu().contiguous() for key in states[0]}
 
 
 def _unstack(nets: Sequence[nn.Module], tensors: Mapping[str, Tensor], prefix: str) -> None:

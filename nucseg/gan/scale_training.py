@@ -146,6 +146,9 @@ class ScaleTraining:
     ):
         self.config, self.weights, self.n, self.i, self.data, self.buffers = config, weights, n, i, data, buffers
         self.below, self.generator, self.critics, self.conditional = below, generator, critics, conditional
+        self.layout = _layout(data.images[n].device)
+        for net in (generator, critics):
+            net.to(memory_format=self.layout)
         self.real = data.images[n][i : i + 1]
         self.real_mask = data.real_masks[n][i : i + 1]
         self.optimizer_g = self._adam(generator, lr)
@@ -228,10 +231,10 @@ class ScaleTraining:
 
         The images are those of the windows from `first` on: synthetic ones, then the real patch.
         """
-        if self.buffers.crop is None:
-            return images
-        corners, side = self.buffers.corner[self.i, first:], self.buffers.crop + 2 * margin
-        return torch.cat([window(images[k : k + 1], corners[k], side) for k in range(len(images))])
+        if self.buffers.crop is not None:
+            corners, side = self.buffers.corner[self.i, first:], self.buffers.crop + 2 * margin
+            images = torch.cat([window(images[k : k + 1], corners[k], side) for k in range(len(images))])
+        return images.contiguous(memory_format=self.layout)
 
     @torch.no_grad()
     def finite(self) -> Tensor:
@@ -254,9 +257,16 @@ class ScaleTraining:
             norm.momentum = momentum
 
 
+def _layout(device: torch.device) -> torch.memory_format:
+    """What a GPU's convolutions and `nucseg.triton_norm` work in; elsewhere it gains nothing."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, net: nn.Module) -> None:
     # autograd.grad, not backward(): it accumulates nothing, and a recorded graph needs no zeroing.
     parameters = list(net.parameters())
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
+        # The fused optimiser wants both in one layout, and a convolution may choose its own.
+        same = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
     optimizer.step()

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nucseg.norm_act import NormAct
+
 
 class Decoder(nn.ModuleList):
     """From the levels of an encoder to one map of features: enlarge, join the next finer level, two 3x3 convolutions.
@@ -53,9 +55,7 @@ def check_widths(widths: Sequence[int]) -> None:
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
     """A 3x3 convolution, BatchNorm and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), NormAct(outputs))
 
 
 def to_multiple_of_32(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 p q"]:

@@ -29,6 +29,7 @@ from nucseg.encoders import EncoderError, read_weights
 from nucseg.inference import InferenceConfig
 from nucseg.models.base import check_own_encoder
 from nucseg.models.hover import HoverConfig, HoverSegmenter
+from nucseg.norm_act import NormAct
 
 ENCODER = "preact-resnet50"
 
@@ -91,8 +92,7 @@ class HoverNet(HoverSegmenter):
         self.kernel, self.margin, self.stem = (3, 46, 0) if fast else (5, 95, 6)  # stem: pixels that the 7x7 eats
         self.conv0 = nn.Sequential()
         self.conv0.add_module("/", nn.Conv2d(3, 64, 7, padding=3 if fast else 0, bias=False))
-        self.conv0.add_module("bn", nn.BatchNorm2d(64))
-        self.conv0.add_module("relu", nn.ReLU(inplace=True))
+        self.conv0.add_module("bn", NormAct(64))
         self.d0 = _Residual(64, (64, 64, 256), 3, 1)
         self.d1 = _Residual(256, (128, 128, 512), 4, 2)
         self.d2 = _Residual(512, (256, 256, 1024), 6, 2)
@@ -177,18 +177,16 @@ class _Residual(nn.Module):
         for i in range(count):
             parts: list[tuple[str, nn.Module]] = []
             if i > 0:  # the block before has ended in BatchNorm and ReLU
-                parts += [("preact/bn", nn.BatchNorm2d(last)), ("preact/relu", nn.ReLU(inplace=False))]
+                parts += [("preact/bn", NormAct(last))]
             parts += [
                 ("conv1", nn.Conv2d(inputs if i == 0 else last, first, 1, bias=False)),
-                ("conv1/bn", nn.BatchNorm2d(first)),
-                ("conv1/relu", nn.ReLU(inplace=True)),
+                ("conv1/bn", NormAct(first)),
                 ("conv2", nn.Conv2d(first, middle, 3, stride if i == 0 else 1, padding=1, bias=False)),
-                ("conv2/bn", nn.BatchNorm2d(middle)),
-                ("conv2/relu", nn.ReLU(inplace=True)),
+                ("conv2/bn", NormAct(middle)),
                 ("conv3", nn.Conv2d(middle, last, 1, bias=False)),
             ]
             self.units.append(_named(parts))
-        self.blk_bna = _named([("bn", nn.BatchNorm2d(last)), ("relu", nn.ReLU(inplace=True))])
+        self.blk_bna = _named([("bn", NormAct(last))])
 
     def forward(self, x: Tensor) -> Tensor:
         total = self.shortcut(x)
@@ -207,12 +205,12 @@ class _Dense(nn.Module):
             width = inputs + 32 * i
             self.units.append(
                 nn.Sequential(
-                    nn.BatchNorm2d(width), nn.ReLU(inplace=False), nn.Conv2d(width, 128, 1, bias=False),
-                    nn.BatchNorm2d(128), nn.ReLU(inplace=True), nn.Conv2d(128, 32, kernel, groups=4, bias=False),
+                    NormAct(width), nn.Conv2d(width, 128, 1, bias=False),
+                    NormAct(128), nn.Conv2d(128, 32, kernel, groups=4, bias=False),
                 )
             )  # fmt: skip
         self.cut = kernel - 1
-        self.end = nn.Sequential(nn.BatchNorm2d(inputs + 32 * count), nn.ReLU(inplace=True))
+        self.end = NormAct(inputs + 32 * count)
 
     def forward(self, x: Tensor) -> Tensor:
         for unit in self.units:
@@ -232,7 +230,7 @@ class _Branch(nn.Module):
             nn.Conv2d(512, 128, kernel, bias=False), _Dense(128, 4, kernel), nn.Conv2d(256, 256, 1, bias=False)
         )
         self.u1 = nn.Conv2d(256, 64, kernel, padding=kernel // 2, bias=False)
-        self.u0 = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.Conv2d(64, 2, 1))
+        self.u0 = nn.Sequential(NormAct(64), nn.Conv2d(64, 2, 1))
 
     def forward(self, x: Tensor, skips: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         fine, middle, coarse = skips

@@ -1,0 +1,107 @@
+"""BatchNorm with the activation behind it: one module, and on a GPU one pair of kernels (`nucseg.triton_norm`)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import Function
+
+# Values from which the kernels pay where they are launched one by one: a launch from Python takes the host longer than
+# PyTorch's own takes, and small maps leave the device waiting for it.
+LARGE = 2**22
+
+ACTIVATIONS = {nn.Identity: (1.0, math.inf), nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}  # slope below 0, cap
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Is there Triton, and a GPU that it writes kernels for?"""
+    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
+
+
+def usable(x: Float[Tensor, "b c h w"]) -> bool:
+    """Can `nucseg.triton_norm` take this tensor?"""
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cuda and known and has_kernels() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class _NormAct(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, slope, cap, eps, running):
+        from nucseg import triton_norm
+
+        y, norm = triton_norm.forward(x, weight, bias, slope, cap, eps, running)
+        ctx.save_for_backward(*norm)
+        ctx.activation = slope, cap
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        from nucseg import triton_norm
+
+        dx, (db, dw) = triton_norm.gradient(g, triton_norm.Norm(*ctx.saved_tensors), *ctx.activation)
+        return dx, dw, db, None, None, None, None
+
+
+class NormAct(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` and an activation: same parameters, same state, same result.
+
+    Parameters
+    ----------
+    channels
+        Of the input.
+    activation
+        ``nn.ReLU``, ``nn.ReLU6`` or ``nn.Identity``.
+    **options
+        As for `torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(self, channels: int, activation: type[nn.Module] = nn.ReLU, **options: Any):
+        super().__init__(channels, **options)
+        self.activation = activation
+        self.slope, self.cap = ACTIVATIONS[activation]
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        plain = self.affine and self.track_running_stats and self.momentum is not None
+        if self.training and plain and x.numel() >= LARGE and usable(x):
+            self.num_batches_tracked.add_(1)
+            running = self.running_mean, self.running_var, self.momentum
+            return _NormAct.apply(x, self.weight, self.bias, self.slope, self.cap, self.eps, running)
+        y = super().forward(x)
+        if self.activation is nn.Identity:
+            return y
+        return F.relu(y, inplace=True) if self.cap == math.inf else F.hardtanh(y, 0.0, self.cap, inplace=True)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation.__name__}"
+
+
+def fuse(net: nn.Module) -> nn.Module:
+    """Put a `NormAct` in place of each of timm's BatchNorms with an activation of ours; return the network.
+
+    They share the parameters and keep their names, so weights load as before.
+    """
+    from timm.layers import BatchNormAct2d
+
+    for module in net.modules():
+        for name, child in module.named_children():
+            if type(child) is BatchNormAct2d and type(child.act) in ACTIVATIONS and type(child.drop) is nn.Identity:
+                setattr(module, name, _from_timm(child))
+    return net
+
+
+def _from_timm(norm: nn.Module) -> NormAct:
+    options = {"eps": norm.eps, "momentum": norm.momentum, "affine": norm.affine}
+    fused = NormAct(norm.num_features, type(norm.act), track_running_stats=norm.track_running_stats, **options)
+    fused.weight, fused.bias = norm.weight, norm.bias
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(fused, name, getattr(norm, name))
+    return fused.train(norm.training)

@@ -1,0 +1,148 @@
+"""The kernels for a GPU: on one where there is one, else in Triton's interpreter (see conftest.py)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nucseg import norm_act
+from nucseg.gan import build, fast_norm, scale_training
+from nucseg.gan.csingan import CSinGANConfig
+from nucseg.norm_act import NormAct, fuse
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ACTIVATIONS = {"leaky": (0.2, math.inf), "relu6": (0.0, 6.0), "none": (1.0, math.inf)}
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Let the kernels take all tensors in channels-last, also on a CPU and small ones."""
+
+    def usable(x):
+        return x.dtype != torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(norm_act, "usable", usable)
+    monkeypatch.setattr(fast_norm, "usable", usable)
+    monkeypatch.setattr(norm_act, "LARGE", 0)
+    monkeypatch.setattr(scale_training, "_layout", lambda device: torch.channels_last)
+
+
+@pytest.fixture
+def triton_norm():
+    from nucseg import triton_norm
+
+    return triton_norm
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(DEVICE)
+    return values.to(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+
+def error(ours, theirs):
+    return float((ours.detach().double() - theirs.detach()).norm() / theirs.detach().norm().clamp(min=1e-9))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("channels", [5, 32, 48, 80])
+def test_values_and_both_derivatives_are_those_of_double_precision(triton_norm, channels, activation):
+    slope, cap = ACTIVATIONS[activation]
+    x, g, u = (draw(3, channels, 9, 11, seed=seed) for seed in range(3))
+    x = (2 * x + 5).contiguous(memory_format=torch.channels_last)
+    weight, bias = 1 + draw(channels, seed=3), draw(channels, seed=4)
+    running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+    y, norm = triton_norm.forward(x, weight, bias, slope, cap, 1e-5, (*running, 0.1))
+    dx, sums = triton_norm.gradient(g, norm, slope, cap)
+    second = triton_norm.second_gradient(u, g, norm, sums, slope, cap)
+
+    exact = [value.double().requires_grad_() for value in (x, weight, bias, g)]
+    means = torch.zeros(channels, device=DEVICE).double(), torch.ones(channels, device=DEVICE).double()
+    z = F.batch_norm(exact[0], *means, exact[1], exact[2], True, 0.1, 1e-5)
+    out = torch.where(z > 0, z.clamp(max=cap), slope * z)
+    first = torch.autograd.grad(out, exact[:3], exact[3], create_graph=True)
+    by = torch.autograd.grad(first[0], (exact[3], exact[0], exact[1]), u.double())
+    pairs = [(y, out), *zip(running, means, strict=True), (dx, first[0]), (sums[1], first[1]), (sums[0], first[2])]
+    for ours, theirs in [*pairs, *zip(second, by, strict=True)]:
+        assert error(ours, theirs) < 1e-5
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    again, _ = triton_norm.forward(x, weight, bias, slope, cap, 1e-5)
+    assert torch.equal(again, y)
+
+
+def test_a_mean_far_from_zero_does_not_cancel_the_variance(triton_norm):
+    x = draw(2, 8, 16, 16) * 0.01 + 100
+    y, norm = triton_norm.forward(
+        x, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 1.0, math.inf, 1e-12
+    )  # fmt: skip
+    assert error(norm.r, 1 / x.double().var((0, 2, 3), unbiased=False).sqrt()) < 1e-3
+    assert abs(float(y.std()) - 1) < 1e-2
+
+
+@pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Identity])
+def test_the_module_trains_as_batch_norm_and_activation_do(everywhere, activation):
+    x = 3 * draw(2, 12, 8, 8)
+    plain = torch.nn.Sequential(torch.nn.BatchNorm2d(12), activation()).to(DEVICE)
+    ours = NormAct(12, activation).to(DEVICE)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outs = [net(value) for net, value in zip((plain, ours), inputs, strict=True)]
+    assert type(outs[1].grad_fn).__name__ == "_NormActBackward"
+    for out in outs:
+        out.square().sum().backward()
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-3, atol=1e-4)
+    for name, value in ours.named_parameters():
+        torch.testing.assert_close(value.grad, dict(plain[0].named_parameters())[name].grad, rtol=1e-3, atol=1e-3)
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, plain[0].state_dict()[name])
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18"])
+def test_a_fused_encoder_is_the_same_network(name):
+    import copy
+
+    import timm
+
+    net = timm.create_model(name, pretrained=False, features_only=True).train()
+    fused = fuse(copy.deepcopy(net))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(net(x), fused(x), strict=True))
+    assert list(net.state_dict()) == list(fused.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), fused.state_dict().values(), strict=True))
+    assert any(isinstance(module, NormAct) for module in fused.modules()) == ("lite" in name)
+
+
+def test_all_first_derivatives_may_be_differentiated(everywhere):
+    """Also by way of weight and bias, which no gradient penalty asks for and the kernels do not do."""
+
+    def second(dtype):
+        x, weight, bias = (draw(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(
+            [(2, 6, 5, 5), (6,), (6,)]))  # fmt: skip
+        first = torch.autograd.grad(
+            fast_norm.norm_relu(x, weight, bias).pow(3).sum(), (x, weight, bias), create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, bias))
+
+    for ours, theirs in zip(second(torch.float32), second(torch.float64), strict=True):
+        assert error(ours, theirs) < 1e-4
+
+
+def test_a_gan_trains_the_same_by_the_kernels(request):
+    rows, cols = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    labels = ((rows - 12) ** 2 + (cols - 16) ** 2 < 40).int().numpy()
+    noise = torch.randint(0, 20, (32, 32, 3), generator=torch.Generator().manual_seed(0))
+    image = (torch.from_numpy(labels)[..., None] * -120 + 220 + noise).to(torch.uint8).numpy()
+    config = CSinGANConfig(
+        scales=2, min_size=24, channels=4, layers=3, steps=2, masks_per_step=2, crop=20, cuda_graph=False, tf32=False
+    )
+    states = []
+    for kernels in (False, True):
+        if kernels:
+            request.getfixturevalue("everywhere")
+        gan = build("csingan", config, DEVICE).fit([(image, labels)], labels[None, None], seed=0)
+        states.append(gan.to_tensors())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=2e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+        assert states[1][name].is_contiguous()
