@@ -28,8 +28,8 @@ def has_kernels() -> bool:
 
 def usable(x: Float[Tensor, "b c h w"]) -> bool:
     """Can `nucseg.triton_norm` take this tensor?"""
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return x.is_cuda and known and has_kernels() and x.is_contiguous(memory_format=torch.channels_last)
+    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
+    return x.is_cuda and fits and has_kernels() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _NormAct(Function):

@@ -24,41 +24,40 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-TILE = 4096  # values
+HEIGHT, WIDTH = 128, 32  # rows and channels of a tile
 WARPS = 8  # 16 values to a thread
 PROGRAMS = 528  # four to each of an H100's multiprocessors
+TOGETHER = 8  # channels come in eights, so that all loads are of 16 bytes; one compiled kernel then serves all shapes
 
 
 class Shape(NamedTuple):
-    """How a tensor is cut into programs."""
+    """How a tensor is cut into programs: rows and channels by eights, tiles among each other and side by side."""
 
     rows: int
-    channels: int
-    height: int  # of a tile, in rows
-    width: int  # of a tile, in channels
-    columns: int  # tiles side by side
+    eights: int
+    down: int
+    across: int
 
     @property
-    def tile(self) -> tuple[int, int]:
-        return self.height, self.width
+    def channels(self) -> int:
+        return TOGETHER * self.eights
 
     @property
     def tiles(self) -> tuple[int, int]:
         """Grid of a kernel whose programs do one tile each."""
-        return triton.cdiv(self.rows, self.height), self.columns
+        return self.down, self.across
 
     @property
     def sums(self) -> tuple[int, int]:
         """Grid of a kernel whose programs run over many tiles each."""
-        return min(self.tiles[0], max(1, PROGRAMS // self.columns)), self.columns
+        return min(self.down, max(1, PROGRAMS // self.across)), self.across
 
 
 def shape_of(x: Float[Tensor, "b c h w"]) -> Shape:
     """Return the programs for a tensor in channels-last."""
     channels = x.shape[1]
-    # The widest tile that is hardly wider than the channels fill.
-    width = next((w for w in (64, 32) if triton.cdiv(channels, w) * w <= 1.15 * channels), 16)
-    return Shape(x.numel() // channels, channels, TILE // width, width, triton.cdiv(channels, width))
+    rows = x.numel() // channels
+    return Shape(rows, channels // TOGETHER, triton.cdiv(rows, HEIGHT), triton.cdiv(channels, WIDTH))
 
 
 # -- what kernels share
@@ -78,9 +77,10 @@ def _behind(g, at, here, z, slope, cap):
 
 
 @triton.jit
-def _channels(channels, width: tl.constexpr):
+def _channels(eights, width: tl.constexpr):
+    channels = 8 * eights
     c = tl.program_id(1) * width + tl.arange(0, width)
-    return c, c < channels
+    return channels, c, c < channels
 
 
 @triton.jit
@@ -93,10 +93,10 @@ def _places(start, c, inside, rows, channels, height: tl.constexpr):
 # -- forward
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _moments(x, parts, rows, channels, height: tl.constexpr, width: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "eights"])
+def _moments(x, parts, rows, eights, height: tl.constexpr, width: tl.constexpr):
     """Sums of x - pivot and of its square; the pivot is the first row, near the mean, so that little cancels."""
-    c, inside = _channels(channels, width)
+    channels, c, inside = _channels(eights, width)
     pivot = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((height, width), tl.float32)
     square = tl.zeros((height, width), tl.float32)
@@ -110,11 +110,12 @@ def _moments(x, parts, rows, channels, height: tl.constexpr, width: tl.constexpr
     tl.store(place + channels, tl.sum(square, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "programs"])
+@triton.jit(do_not_specialize=["rows", "eights", "programs"])
 def _finish_moments(
-    x, parts, mean, r, running_mean, running_var, rows, channels, programs, eps, momentum,
+    x, parts, mean, r, running_mean, running_var, rows, eights, programs, eps, momentum,
     running: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
+    channels = 8 * eights
     c = tl.program_id(0) * width + tl.arange(0, width)
     inside = c < channels
     total = tl.zeros((height, width), tl.float32)
@@ -137,9 +138,9 @@ def _finish_moments(
         tl.store(running_var + c, old_var + momentum * (unbiased - old_var), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _apply(x, y, w, b, mean, r, rows, channels, slope, cap, height: tl.constexpr, width: tl.constexpr):
-    c, inside = _channels(channels, width)
+@triton.jit(do_not_specialize=["rows", "eights"])
+def _apply(x, y, w, b, mean, r, rows, eights, slope, cap, height: tl.constexpr, width: tl.constexpr):
+    channels, c, inside = _channels(eights, width)
     at, here = _places(tl.program_id(0) * height, c, inside, rows, channels, height)
     m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
     z = _normalised(x, at, here, m, s) * tl.load(w + c, mask=inside, other=0.0)[None, :]
@@ -150,12 +151,26 @@ def _apply(x, y, w, b, mean, r, rows, channels, slope, cap, height: tl.constexpr
 # -- its gradient
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["programs", "values"])
+def _add_parts(parts, sums, programs, values, height: tl.constexpr, width: tl.constexpr):
+    """Add what the programs have summed."""
+    c = tl.program_id(0) * width + tl.arange(0, width)
+    inside = c < values
+    total = tl.zeros((height, width), tl.float32)
+    for start in range(0, programs, height):
+        p = start + tl.arange(0, height)
+        total += tl.load(
+            parts + p[:, None] * values + c[None, :], mask=(p < programs)[:, None] & inside[None, :], other=0.0
+        )
+    tl.store(sums + c, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "eights"])
 def _gradient_sums(
-    g, x, w, b, mean, r, parts, rows, channels, slope, cap, height: tl.constexpr, width: tl.constexpr
+    g, x, w, b, mean, r, parts, rows, eights, slope, cap, height: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
     """Sums of a and of a ^x."""
-    c, inside = _channels(channels, width)
+    channels, c, inside = _channels(eights, width)
     m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
     weight, bias = tl.load(w + c, mask=inside, other=0.0), tl.load(b + c, mask=inside, other=0.0)
     sum_a = tl.zeros((height, width), tl.float32)
@@ -171,12 +186,12 @@ def _gradient_sums(
     tl.store(place + channels, tl.sum(sum_ax, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "eights"])
 def _gradient(
-    g, x, w, b, mean, r, sums, dx, rows, channels, slope, cap, height: tl.constexpr, width: tl.constexpr
+    g, x, w, b, mean, r, sums, dx, rows, eights, slope, cap, height: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
     """w r (a - [a] - ^x [a ^x])."""
-    c, inside = _channels(channels, width)
+    channels, c, inside = _channels(eights, width)
     at, here = _places(tl.program_id(0) * height, c, inside, rows, channels, height)
     m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
     weight, bias = tl.load(w + c, mask=inside, other=0.0), tl.load(b + c, mask=inside, other=0.0)
@@ -191,12 +206,12 @@ def _gradient(
 # -- and the gradient of that
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "eights"])
 def _second_sums(
-    u, g, x, w, b, mean, r, parts, rows, channels, slope, cap, height: tl.constexpr, width: tl.constexpr
+    u, g, x, w, b, mean, r, parts, rows, eights, slope, cap, height: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
     """Sums of u, u ^x and u a."""
-    c, inside = _channels(channels, width)
+    channels, c, inside = _channels(eights, width)
     m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
     weight, bias = tl.load(w + c, mask=inside, other=0.0), tl.load(b + c, mask=inside, other=0.0)
     sum_u = tl.zeros((height, width), tl.float32)
@@ -216,12 +231,12 @@ def _second_sums(
     tl.store(place + 2 * channels, tl.sum(sum_ua, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "eights"])
 def _second(
-    u, g, x, w, b, mean, r, sums, more, by_g, by_x, by_w, rows, channels, slope, cap,
+    u, g, x, w, b, mean, r, sums, more, by_g, by_x, by_w, rows, eights, slope, cap,
     height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    c, inside = _channels(channels, width)
+    channels, c, inside = _channels(eights, width)
     at, here = _places(tl.program_id(0) * height, c, inside, rows, channels, height)
     m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
     weight, bias = tl.load(w + c, mask=inside, other=0.0), tl.load(b + c, mask=inside, other=0.0)
@@ -271,23 +286,25 @@ def forward(
     Parameters
     ----------
     x
-        In channels-last, in any floating type; statistics and parameters are float32.
+        In channels-last, with a multiple of 8 channels, in float32, float16 or bfloat16; all else is float32.
+    slope, cap
+        Of the activation below and above zero.
     running
         Running mean and variance, which are updated in place, and the momentum.
     """
     shape = shape_of(x)
-    parts = torch.empty(shape.sums[0], 2, shape.channels, device=x.device)
-    mean, r = torch.empty(2, shape.channels, device=x.device)
-    _moments[shape.sums](x, parts, shape.rows, shape.channels, *shape.tile, num_warps=WARPS)
+    parts = x.new_empty(shape.sums[0], 2, shape.channels, dtype=torch.float32)
+    mean, r = parts.new_empty(2, shape.channels)
+    _moments[shape.sums](x, parts, shape.rows, shape.eights, HEIGHT, WIDTH, num_warps=WARPS)
     running_mean, running_var, momentum = running or (mean, r, 0.0)
     _finish_moments[(triton.cdiv(shape.channels, 16),)](
-        x, parts, mean, r, running_mean, running_var, shape.rows, shape.channels, len(parts), eps, momentum,
+        x, parts, mean, r, running_mean, running_var, shape.rows, shape.eights, len(parts), eps, momentum,
         running is not None, 64, 16,
     )  # fmt: skip
     y = torch.empty_like(x)
     _apply[shape.tiles](
-        x, y, weight, bias, mean, r, shape.rows, shape.channels, slope, cap, *shape.tile, num_warps=WARPS
-    )
+        x, y, weight, bias, mean, r, shape.rows, shape.eights, slope, cap, HEIGHT, WIDTH, num_warps=WARPS
+    )  # fmt: skip
     return y, Norm(x, weight, bias, mean, r)
 
 
@@ -297,11 +314,12 @@ def gradient(
     """Return dx, and db and dw in one tensor."""
     shape = shape_of(norm.x)
     g = g.contiguous(memory_format=torch.channels_last)
-    parts = torch.empty(shape.sums[0], 2, shape.channels, device=g.device)
-    _gradient_sums[shape.sums](g, *norm, parts, shape.rows, shape.channels, slope, cap, *shape.tile, num_warps=WARPS)
-    sums = parts.sum(0)
+    parts = norm.mean.new_empty(shape.sums[0], 2, shape.channels)
+    rest = shape.rows, shape.eights, slope, cap, HEIGHT, WIDTH
+    _gradient_sums[shape.sums](g, *norm, parts, *rest, num_warps=WARPS)
+    sums = _added(parts)
     dx = torch.empty_like(norm.x)
-    _gradient[shape.tiles](g, *norm, sums, dx, shape.rows, shape.channels, slope, cap, *shape.tile, num_warps=WARPS)
+    _gradient[shape.tiles](g, *norm, sums, dx, *rest, num_warps=WARPS)
     return dx, sums
 
 
@@ -316,11 +334,15 @@ def second_gradient(
     """Return the derivatives of <u, dx> by g, x and the weight; `sums` as `gradient` gave them."""
     shape = shape_of(norm.x)
     u, g = (each.contiguous(memory_format=torch.channels_last) for each in (u, g))
-    parts = torch.empty(shape.sums[0], 3, shape.channels, device=g.device)
-    _second_sums[shape.sums](u, g, *norm, parts, shape.rows, shape.channels, slope, cap, *shape.tile, num_warps=WARPS)
+    parts = norm.mean.new_empty(shape.sums[0], 3, shape.channels)
+    rest = shape.rows, shape.eights, slope, cap, HEIGHT, WIDTH
+    _second_sums[shape.sums](u, g, *norm, parts, *rest, num_warps=WARPS)
     by_g, by_x, by_w = torch.empty_like(g), torch.empty_like(norm.x), torch.empty_like(norm.weight)
-    _second[shape.tiles](
-        u, g, *norm, sums, parts.sum(0), by_g, by_x, by_w, shape.rows, shape.channels, slope, cap, *shape.tile,
-        num_warps=WARPS,
-    )  # fmt: skip
+    _second[shape.tiles](u, g, *norm, sums, _added(parts), by_g, by_x, by_w, *rest, num_warps=WARPS)
     return by_g, by_x, by_w
+
+
+def _added(parts: Float[Tensor, "p k c"]) -> Float[Tensor, "k c"]:
+    sums = parts.new_empty(parts.shape[1:])
+    _add_parts[(triton.cdiv(sums.numel(), 16),)](parts, sums, len(parts), sums.numel(), 64, 16)
+    return sums

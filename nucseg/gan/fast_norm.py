@@ -137,7 +137,7 @@ class _FusedGradient(Function):
         ctx.save_for_backward(g, x, w, b, mean, r, sums)
         ctx.slope, ctx.eps = slope, eps
         ctx.set_materialize_grads(False)
-        return dx, *sums.flip(0)
+        return dx, sums[1], sums[0]
 
     @staticmethod
     def backward(ctx, u, v, t):

@@ -30,11 +30,11 @@ class ParallelStep:
         Record the steps in a CUDA graph; ignored on the CPU. False runs them eagerly, one after the other: slower,
         easier to debug.
     warmup
-        Calls that run eagerly before the recording. They are ordinary calls and count as such; the recording needs
-        them because optimisers and libraries allocate on first use.
+        Calls that run eagerly before the recording. They are ordinary calls and count as such; the recording needs one
+        because optimisers and libraries allocate on first use.
     """
 
-    def __init__(self, steps: Sequence[Callable[[], None]], device: torch.device, graph: bool = True, warmup: int = 3):
+    def __init__(self, steps: Sequence[Callable[[], None]], device: torch.device, graph: bool = True, warmup: int = 1):
         self.steps = list(steps)
         self.device = device
         self.graph_wanted = graph and device.type == "cuda"

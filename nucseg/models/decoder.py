@@ -42,9 +42,17 @@ class Decoder(nn.ModuleList):
         """Return features at stride 1 or 2."""
         *skips, x = levels
         for stage in self:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = enlarge(x)
             x = stage(torch.cat((x, skips.pop()), dim=1) if skips else x)
         return x
+
+
+def enlarge(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c p q"]:
+    """Double the sides by nearest neighbour, in the type at hand: autocast would go by way of float32, for nothing."""
+    if x.dtype == torch.float32:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def check_widths(widths: Sequence[int]) -> None:

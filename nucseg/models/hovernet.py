@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nucseg.encoders import EncoderError, read_weights
 from nucseg.inference import InferenceConfig
 from nucseg.models.base import check_own_encoder
+from nucseg.models.decoder import enlarge
 from nucseg.models.hover import HoverConfig, HoverSegmenter
 from nucseg.norm_act import NormAct
 
@@ -234,9 +234,9 @@ class _Branch(nn.Module):
 
     def forward(self, x: Tensor, skips: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         fine, middle, coarse = skips
-        x = self.u3(_enlarge(x) + coarse)
-        x = self.u2(_enlarge(x) + middle)
-        return self.u0(self.u1(_enlarge(x) + fine))
+        x = self.u3(enlarge(x) + coarse)
+        x = self.u2(enlarge(x) + middle)
+        return self.u0(self.u1(enlarge(x) + fine))
 
 
 def _named(parts: list[tuple[str, nn.Module]]) -> nn.Sequential:
@@ -244,10 +244,6 @@ def _named(parts: list[tuple[str, nn.Module]]) -> nn.Sequential:
     for name, module in parts:
         sequence.add_module(name, module)
     return sequence
-
-
-def _enlarge(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _crop(x: Tensor, pixels: int) -> Tensor:
