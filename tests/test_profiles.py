@@ -12,8 +12,8 @@ from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
 PROFILES = [
-    *("h100", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-choices", "sample-models", "sample-recipes"),
-    *("sample-seeds", "sample-teacher", "sample-teacher-silent"),
+    *("h100", "h100-first", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-choices", "sample-models"),
+    *("sample-recipes", "sample-seeds", "sample-teacher", "sample-teacher-silent"),
 ]
 
 
