@@ -39,9 +39,10 @@ from nucseg.training import train
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
 
 SELECTION_CODE = ("nucseg.selection", "nucseg.encoders")
+NORM_CODE = ("nucseg.norm_act", "nucseg.triton_norm")
 MODEL_CODE = (
     *("nucseg.models", "nucseg.training", "nucseg.schedule", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
-    *("nucseg.inference", "nucseg.encoders"),
+    *("nucseg.inference", "nucseg.encoders", *NORM_CODE),
 )
 
 
@@ -210,7 +211,7 @@ class Stages:
 
         inputs = [self.selected(experiment).key, self.masked(experiment).key]
         return self.store.get(
-            "synthesis", (name, config, experiment.seed, self.device.type), make, inputs, ["nucseg.gan"]
+            "synthesis", (name, config, experiment.seed, self.device.type), make, inputs, ["nucseg.gan", *NORM_CODE]
         )
 
     def synthesiser(self, experiment: Experiment) -> gan.Synthesizer:
