@@ -39,6 +39,13 @@ def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def bandwidth_of_a_copy(values: int = 2**29) -> float:
+    """GB/s, read and written."""
+    source = torch.empty(values, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e6
+
+
 def both_ways(net: nn.Module, x: torch.Tensor, g: torch.Tensor) -> Callable[[], object]:
     """Return a forward and backward pass as one captured graph, so that launching it costs nothing."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -65,10 +72,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
-    big = torch.empty(2**29, dtype=torch.bfloat16, device="cuda")
-    other = torch.empty_like(big)
-    bandwidth = 2 * big.nbytes / milliseconds(lambda: other.copy_(big)) / 1e6  # GB/s, read and written
-    del big, other
+    bandwidth = bandwidth_of_a_copy()
     record = {"device": torch.cuda.get_device_name(), "copy_gb_per_s": bandwidth, "layers": []}
     print(f"{record['device']}, torch {torch.__version__}; a copy: {bandwidth:.0f} GB/s")
     for channels, side in LAYERS:
@@ -81,8 +85,11 @@ def main() -> None:
                 (("ours", NormAct(channels).cuda()), ("theirs", theirs))}  # fmt: skip
         share = PASSES * x.nbytes / took["ours"] / 1e6 / bandwidth
         record["layers"].append({"channels": channels, "side": side, **took, "share_of_bandwidth": share})
-        print(f"{channels:5d} channels at {side:3d} px: ours {took['ours']:7.3f} ms, PyTorch's {took['theirs']:7.3f} ms, "
-              f"{took['theirs'] / took['ours']:.1f} times; {100 * share:.0f} % of a copy's bandwidth")  # fmt: skip
+        print(
+            f"{channels:5d} channels at {side:3d} px: ours {took['ours']:7.3f} ms, PyTorch's {took['theirs']:7.3f} ms, "
+            f"{took['theirs'] / took['ours']:.1f} times; {100 * share:.0f} % of a copy's bandwidth",
+            flush=True,
+        )
         if options.out:
             options.out.write_text(json.dumps(record, indent=1))
 
