@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nucseg import gan, metrics, models
@@ -186,12 +187,14 @@ class Stages:
 
         def make(folder: Path) -> dict:
             synthesiser, masks = gan.build(name, config, self.device), self.masks(experiment)
-            finished_scales = beside(folder, "scales")
+            finished_scales, began = beside(folder, "scales"), time.time()
             if finished_scales.is_file():
                 synthesiser.from_tensors(load_file(finished_scales))
+                with safe_open(finished_scales, "pt") as file:
+                    began -= float(file.metadata()["seconds"])
 
             def keep(tensors: dict[str, torch.Tensor]) -> None:
-                save_file(tensors, folder / "scales")
+                save_file(tensors, folder / "scales", {"seconds": str(time.time() - began)})
                 (folder / "scales").replace(finished_scales)
                 self.store.check_time("synthesis")
 
@@ -205,6 +208,7 @@ class Stages:
             np.savez_compressed(folder / "history.npz", terms=np.array(synthesiser.terms), **curves)
             finished_scales.unlink(missing_ok=True)
             return {
+                "seconds": round(time.time() - began, 2),
                 "divergences": [str(divergence) for divergence in synthesiser.divergences],
                 "left_out": list(synthesiser.left_out),
             }

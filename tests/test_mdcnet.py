@@ -137,7 +137,7 @@ def test_a_captured_bf16_training_learns():
     )
     losses = [row["total"] for row in train(model, [discs(seed=seed) for seed in range(4)], config, seed=1).curve]
     assert len(set(losses)) == 50
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     image, labels = discs(seed=9)
     assert model.predict(image).shape == labels.shape
 
