@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from nuclei import ellipses, picture, two_touching
 from safetensors.torch import save_file
 from scipy import ndimage
+from skimage.segmentation import watershed
 
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
@@ -14,6 +15,7 @@ from nucseg.models import REGISTRY, build, config_class
 from nucseg.models.hover import HoverConfig, hover_losses, hv_targets, instances_from_maps
 from nucseg.models.hoverlite import HoverLiteConfig
 from nucseg.models.hovernet import HoverNet, HoverNetConfig
+from nucseg.models.maps import mark_the_rest
 from nucseg.training import TrainingConfig, train
 
 SMALL = HoverLiteConfig(widths=(16, 16, 8, 8), frozen=2, inference=InferenceConfig(tile=128, overlap=32))
@@ -239,6 +241,53 @@ def test_empty_and_tiny_maps():
     full = instances_from_maps(np.ones((3, 40, 40), dtype=np.float32), HoverConfig())
     assert full.labels.dtype == np.int32
     assert (full.labels == 1).all()
+
+
+def plain_instances(maps, config):
+    """The same steps as one would write them with SciPy and scikit-image, on whole images."""
+
+    def at_least(mask, area):
+        parts, count = ndimage.label(mask)
+        return np.isin(parts, np.flatnonzero(np.bincount(parts.ravel(), minlength=count + 1)[1:] >= area) + 1)
+
+    probability, hv = maps[0], np.clip(maps[1:], -1, 1)
+    mask = at_least(~at_least(probability < config.threshold, config.max_hole), config.min_marker)
+    if not mask.any():
+        return np.zeros(mask.shape, dtype=np.int32), np.zeros(0, dtype=np.float32)
+    hv = np.clip(hv * (0.8 / max(float(np.percentile(np.abs(hv[:, mask]), 90)), 0.1)), -1, 1)
+    unit = config.sigma * np.sqrt(2 * np.pi) / 2
+    falls = [-unit * ndimage.gaussian_filter(component, config.sigma, order=order, truncate=4.5)
+             for component, order in zip(hv, ((0, 1), (1, 0)), strict=True)]  # fmt: skip
+    edge = np.clip(np.maximum(*falls), 0, 1)
+    core = ndimage.binary_fill_holes(mask & (edge < config.edge))
+    disc = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
+    markers, _ = ndimage.label(at_least(ndimage.binary_opening(core, disc), config.min_marker))
+    labels = watershed(ndimage.gaussian_filter(edge, 0.8), mark_the_rest(markers, mask), mask=mask)
+    area, total = np.bincount(labels.ravel()), np.bincount(labels.ravel(), weights=probability.ravel())
+    kept = [i for i in range(1, len(area)) if area[i] >= max(config.min_area, 1)]
+    number = np.zeros(len(area), dtype=np.int32)
+    number[kept] = 1 + np.arange(len(kept))
+    return number[labels], np.clip(total[kept] / area[kept], 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("noise", [0, 0.1, 0.4])
+@pytest.mark.parametrize("size", [(96, 96), (131, 256), (40, 33)])
+def test_nuclei_and_scores_are_those_of_the_plain_steps_to_the_last_bit(size, noise):
+    touching = 0
+    for seed in range(8):
+        labels = ellipses(256, count=20 * (seed + 1), seed=seed)[: size[0], : size[1]] if seed else np.zeros(size, int)
+        rng = np.random.default_rng(seed)
+        maps = true_maps(labels.astype(np.int32)) + noise * rng.normal(size=(3, *size)).astype(np.float32)
+        maps = np.stack([ndimage.gaussian_filter(component, noise) for component in maps]) if noise else maps
+        before = maps.copy()
+        found = instances_from_maps(maps, HoverConfig())
+        expected_labels, expected_scores = plain_instances(maps, HoverConfig())
+        assert np.array_equal(found.labels, expected_labels)
+        assert np.array_equal(found.scores, expected_scores)
+        assert found.labels.dtype == np.int32
+        assert np.array_equal(maps, before)
+        touching += found.labels.max() > ndimage.label(found.labels)[1]
+    assert touching > 0
 
 
 def test_models_are_found_by_name_and_typos_are_named():

@@ -24,6 +24,7 @@ from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
 from nucseg.models.base import Instances
 from nucseg.models.maps import MapSegmenter, at_least, central, mark_the_rest, score_instances
+from nucseg.models.pieces import Pieces, filled, opened
 
 
 @dataclass(frozen=True)
@@ -261,9 +262,9 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     falls = [-unit * ndimage.gaussian_filter(component, config.sigma, order=order, truncate=4.5)
              for component, order in zip(hv, ((0, 1), (1, 0)), strict=True)]  # fmt: skip
     edge = np.clip(np.maximum(*falls), 0, 1)
-    core = ndimage.binary_fill_holes(mask & (edge < config.edge))
-    disc = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
-    markers, _ = ndimage.label(at_least(ndimage.binary_opening(core, disc), config.min_marker))
+    cores = Pieces(opened(filled(mask & (edge < config.edge))))
+    large = cores.areas() >= config.min_marker
+    markers = cores.paint(np.where(large, np.cumsum(large), 0).astype(np.int32))
     height = ndimage.gaussian_filter(edge, 0.8)
     labels = watershed(height, mark_the_rest(markers, mask), mask=mask)
     return score_instances(labels, probability, config.min_area)

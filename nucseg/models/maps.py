@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import ndimage
 from torch import Tensor
 
 from nucseg.inference import InferenceConfig, predict_instances, predict_maps
 from nucseg.models.base import Instances, Segmenter
+from nucseg.models.pieces import Pieces
 
 
 class MapSegmenter(Segmenter):
@@ -75,10 +75,8 @@ def score_instances(labels: np.ndarray, probability: np.ndarray, min_area: int) 
 
 def at_least(mask: np.ndarray, area: int) -> np.ndarray:
     """Keep the pieces (4-connected) of a boolean mask that have at least so many pixels."""
-    parts, _ = ndimage.label(mask)
-    large = np.bincount(parts.ravel()) >= area
-    large[0] = False
-    return large[parts]
+    pieces = Pieces(mask)
+    return pieces.paint(pieces.areas() >= area)
 
 
 def mark_the_rest(markers: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -91,8 +89,10 @@ def mark_the_rest(markers: np.ndarray, mask: np.ndarray) -> np.ndarray:
     mask
         (H, W) bool.
     """
-    pieces, count = ndimage.label(mask)
-    unmarked = np.setdiff1d(np.arange(1, count + 1), pieces[markers > 0])
-    number = np.zeros(count + 1, dtype=markers.dtype)
-    number[unmarked] = markers.max() + 1 + np.arange(unmarked.size)
-    return np.where(markers > 0, markers, number[pieces])
+    pieces = Pieces(mask)
+    alone = np.ones(pieces.count + 1, dtype=bool)
+    alone[pieces.paint(np.arange(1, pieces.count + 1))[markers > 0]] = False
+    alone = alone[1:]  # 0 is what lies in no piece
+    number = np.zeros(pieces.count, dtype=markers.dtype)
+    number[alone] = markers.max() + 1 + np.arange(np.count_nonzero(alone))
+    return np.where(markers > 0, markers, pieces.paint(number))
