@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-from nucseg.models.maps import at_least, mark_the_rest
+from nucseg.models.maps import at_least, mark_the_rest, score_instances
 from nucseg.models.pieces import Pieces, filled, opened
 
 DISC = np.hypot(*np.mgrid[-2:3, -2:3]) < 2.5
@@ -54,3 +54,15 @@ def test_small_pieces_go_and_the_rest_is_marked():
             if not (markers[parts == i] > 0).any():
                 expected[parts == i] = expected.max() + 1
         assert np.array_equal(mark_the_rest(markers, mask), expected)
+
+
+def test_nuclei_are_scored_by_the_mean_of_their_pixels():
+    rng = np.random.default_rng(0)
+    labels = ndimage.label(rng.random((60, 70)) < 0.5)[0] * 3
+    probability = rng.random(labels.shape, dtype=np.float32)
+    found = score_instances(labels, probability, 4)
+    kept = [i for i in np.unique(labels[labels > 0]) if np.count_nonzero(labels == i) >= 4]
+    expected = sum((np.int32(1 + n) * (labels == i) for n, i in enumerate(kept)), np.zeros(labels.shape, np.int32))
+    assert found.labels.dtype == np.int32
+    assert np.array_equal(found.labels, expected)
+    np.testing.assert_allclose(found.scores, [probability[labels == i].mean() for i in kept], rtol=1e-6)

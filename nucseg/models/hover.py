@@ -256,15 +256,30 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     if not mask.any():
         return Instances(np.zeros(mask.shape, dtype=np.int32), np.zeros(0, dtype=np.float32))
     hv = np.clip(hv, -1, 1)
-    hv = np.clip(hv * (0.8 / max(float(np.percentile(np.abs(hv[:, mask]), 90)), 0.1)), -1, 1)
-    # A step of -2 seen through a Gaussian derivative has the peak -2 / (sigma sqrt(2 pi)); make that 1.
+    inside = np.abs(hv.reshape(2, -1).take(np.flatnonzero(mask), axis=1))
+    hv *= 0.8 / max(float(np.percentile(inside, 90, overwrite_input=True)), 0.1)
+    np.clip(hv, -1, 1, out=hv)
+    for component, order in zip(hv, ((0, 1), (1, 0)), strict=True):
+        _differentiate(component, config.sigma, order)
+    slope = np.minimum(*hv, out=hv[0])
+    # A step of -2 seen through a Gaussian derivative has the slope -2 / (sigma sqrt(2 pi)); that is an edge of 1.
     unit = config.sigma * np.sqrt(2 * np.pi) / 2
-    falls = [-unit * ndimage.gaussian_filter(component, config.sigma, order=order, truncate=4.5)
-             for component, order in zip(hv, ((0, 1), (1, 0)), strict=True)]  # fmt: skip
-    edge = np.clip(np.maximum(*falls), 0, 1)
-    cores = Pieces(opened(filled(mask & (edge < config.edge))))
+    cores = Pieces(opened(filled(mask & (slope > -config.edge / unit))))
     large = cores.areas() >= config.min_marker
     markers = cores.paint(np.where(large, np.cumsum(large), 0).astype(np.int32))
-    height = ndimage.gaussian_filter(edge, 0.8)
+    height = ndimage.gaussian_filter(np.clip(-unit * slope, 0, 1), 0.8)
     labels = watershed(height, mark_the_rest(markers, mask), mask=mask)
     return score_instances(labels, probability, config.min_area)
+
+
+def _differentiate(image: Float[np.ndarray, "h w"], sigma: float, order: tuple[int, int]) -> None:
+    """Filter an image with the derivative of a Gaussian, in place, as `scipy.ndimage.gaussian_filter` does.
+
+    That goes down one column after the other. Where rows lie a power of two apart, as at 1024 px, the pixels of a
+    column fall into the same few lines of the cache; strips of columns, copied, take half the time.
+    """
+    for left in range(0, image.shape[1], 64):
+        strip = image[:, left : left + 64].copy()
+        ndimage.gaussian_filter1d(strip, sigma, 0, order[0], output=strip, truncate=4.5)
+        image[:, left : left + 64] = strip
+    ndimage.gaussian_filter1d(image, sigma, 1, order[1], output=image, truncate=4.5)

@@ -64,13 +64,16 @@ def central(maps: Tensor, size: torch.Size) -> Tensor:
 
 def score_instances(labels: np.ndarray, probability: np.ndarray, min_area: int) -> Instances:
     """Drop nuclei below `min_area` pixels, renumber the rest 1..n and score each by its mean probability."""
-    area = np.bincount(labels.ravel())
-    total = np.bincount(labels.ravel(), weights=probability.ravel())
+    inside = np.flatnonzero(labels > 0)  # background is most of an image and has no score
+    ids = labels.ravel().take(inside)
+    area = np.bincount(ids, minlength=1)
+    total = np.bincount(ids, weights=probability.ravel().take(inside), minlength=1)
     kept = np.flatnonzero(area >= max(min_area, 1))
-    kept = kept[kept > 0]
     number = np.zeros(len(area), dtype=np.int32)
     number[kept] = 1 + np.arange(len(kept))
-    return Instances(number[labels], np.clip(total[kept] / area[kept], 0, 1).astype(np.float32))
+    numbered = np.zeros(labels.shape, dtype=np.int32)
+    numbered.ravel()[inside] = number.take(ids)
+    return Instances(numbered, np.clip(total[kept] / area[kept], 0, 1).astype(np.float32))
 
 
 def at_least(mask: np.ndarray, area: int) -> np.ndarray:
