@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
-from skimage.segmentation import watershed
 from torch import Tensor
 
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
 from nucseg.models.base import Instances
-from nucseg.models.maps import MapSegmenter, at_least, central, mark_the_rest, score_instances
-from nucseg.models.pieces import Pieces, filled, opened
+from nucseg.models.maps import MapSegmenter, at_least, central, flood, score_instances
+from nucseg.models.pieces import Pieces, Window, filled, opened, widened
 
 
 @dataclass(frozen=True)
@@ -264,12 +263,15 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     slope = np.minimum(*hv, out=hv[0])
     # A step of -2 seen through a Gaussian derivative has the slope -2 / (sigma sqrt(2 pi)); that is an edge of 1.
     unit = config.sigma * np.sqrt(2 * np.pi) / 2
+
+    def heights(window: Window) -> np.ndarray:
+        near, inner = widened(window, 3)  # as far as the filter sees
+        return ndimage.gaussian_filter(np.clip(-unit * slope[near], 0, 1), 0.8)[inner]
+
     cores = Pieces(opened(filled(mask & (slope > -config.edge / unit))))
     large = cores.areas() >= config.min_marker
     markers = cores.paint(np.where(large, np.cumsum(large), 0).astype(np.int32))
-    height = ndimage.gaussian_filter(np.clip(-unit * slope, 0, 1), 0.8)
-    labels = watershed(height, mark_the_rest(markers, mask), mask=mask)
-    return score_instances(labels, probability, config.min_area)
+    return score_instances(flood(heights, markers, mask), probability, config.min_area)
 
 
 def _differentiate(image: Float[np.ndarray, "h w"], sigma: float, order: tuple[int, int]) -> None:
