@@ -23,7 +23,7 @@ from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
 from nucseg.models.base import Instances
 from nucseg.models.maps import MapSegmenter, at_least, central, flood, score_instances
-from nucseg.models.pieces import Pieces, Window, filled, opened, widened
+from nucseg.models.pieces import Pieces, filled, opened
 
 
 @dataclass(frozen=True)
@@ -263,15 +263,11 @@ def instances_from_maps(maps: Float[np.ndarray, "3 h w"], config: HoverConfig) -
     slope = np.minimum(*hv, out=hv[0])
     # A step of -2 seen through a Gaussian derivative has the slope -2 / (sigma sqrt(2 pi)); that is an edge of 1.
     unit = config.sigma * np.sqrt(2 * np.pi) / 2
-
-    def heights(window: Window) -> np.ndarray:
-        near, inner = widened(window, 3)  # as far as the filter sees
-        return ndimage.gaussian_filter(np.clip(-unit * slope[near], 0, 1), 0.8)[inner]
-
     cores = Pieces(opened(filled(mask & (slope > -config.edge / unit))))
     large = cores.areas() >= config.min_marker
     markers = cores.paint(np.where(large, np.cumsum(large), 0).astype(np.int32))
-    return score_instances(flood(heights, markers, mask), probability, config.min_area)
+    height = ndimage.gaussian_filter(np.clip(-unit * slope, 0, 1), 0.8)
+    return score_instances(flood(height, markers, mask), probability, config.min_area)
 
 
 def _differentiate(image: Float[np.ndarray, "h w"], sigma: float, order: tuple[int, int]) -> None:

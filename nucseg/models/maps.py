@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nucseg.inference import InferenceConfig, predict_instances, predict_maps
 from nucseg.models.base import Instances, Segmenter
-from nucseg.models.pieces import Pieces, Window, beside
+from nucseg.models.pieces import Pieces
 
 
 class MapSegmenter(Segmenter):
@@ -102,29 +102,26 @@ def mark_the_rest(markers: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(markers > 0, markers, pieces.paint(number))
 
 
-WINDOW = 20_000  # pixels of an image that are looked at in the time which one more window takes
-
-
-def flood(heights: Callable[[Window], np.ndarray], markers: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def flood(height: np.ndarray, markers: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Give each pixel of a mask the id of the marker whose basin it lies in; ids beyond those to pieces without any.
 
-    The result is ``watershed(height, mark_the_rest(markers, mask), mask=mask)`` to the last bit. But most pieces of a
-    mask of nuclei hold one marker, which gets all of its piece whatever the height. And in the others most pixels are
-    inside markers with nothing to flood beside them, which need not go through the queue of the watershed.
+    ``watershed(height, mark_the_rest(markers, mask), mask=mask)``, but that most pieces of a mask of nuclei hold one
+    marker, which gets all of its piece without going through the watershed's queue. Where pixels of two basins are
+    equally high the two may differ by a few pixels: there the queue's order decides, which hangs on all that is in it.
 
     Parameters
     ----------
-    heights
-        The function from a window, a slice of rows and one of columns, to the height there, all finite.
+    height
+        (H, W) float.
     markers
         (H, W) ids 1..n, 0 elsewhere. What lies outside the mask counts for nothing.
     mask
         (H, W) bool.
     """
     pieces = Pieces(mask)
-    piece = pieces.paint(np.arange(pieces.count, dtype=np.int32))
     marked = np.flatnonzero(mask & (markers > 0))
-    held_by, held = piece.ravel().take(marked), markers.ravel().take(marked)
+    held_by = pieces.paint(np.arange(pieces.count, dtype=np.int32)).ravel().take(marked)
+    held = markers.ravel().take(marked)
     owner = np.zeros(pieces.count, dtype=markers.dtype)
     owner[held_by] = held  # one of them, where there are several
     shared = np.zeros(pieces.count, dtype=bool)
@@ -132,69 +129,7 @@ def flood(heights: Callable[[Window], np.ndarray], markers: np.ndarray, mask: np
     alone = owner == 0
     owner[alone] = markers.max() + 1 + np.arange(np.count_nonzero(alone))
     labels = pieces.paint(owner)
-    everywhere = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
-    if WINDOW * np.count_nonzero(shared) > mask.size:
-        parts = [(everywhere, pieces.paint(shared))]
-    else:
-        windows = {number: pieces.window(number) for number in np.flatnonzero(shared).tolist()}
-        parts = [(window, mask[window] & (piece[window] == number)) for number, window in windows.items()]
-    for window, inside in parts:
-        ids = np.where(inside, markers[window], 0)
-        empty = inside & (ids == 0)
-        queued = inside & beside(empty)
-        height = heights(window)
-        flooded = watershed(height, np.where(queued, ids, 0), mask=queued)
-        if _order_matters(height, flooded, piece[window], queued, empty):
-            return watershed(heights(everywhere), mark_the_rest(markers, mask), mask=mask)
-        np.copyto(labels[window], np.where(empty, flooded, ids), where=inside)
+    if shared.any():
+        inside = pieces.paint(shared)
+        np.copyto(labels, watershed(height, np.where(inside, markers, 0), mask=inside), where=inside)
     return labels
-
-
-def _order_matters(
-    height: np.ndarray, labels: np.ndarray, pieces: np.ndarray, queued: np.ndarray, empty: np.ndarray
-) -> bool:
-    """Whether pixels of equal height, taken in another order, could give another watershed.
-
-    The watershed takes what is lowest; of equal pixels first those of markers, in an order that hangs on all that is in
-    its queue, then the others in the order in which they were reached. Which of two comes first can only matter if they
-    lie in one piece and have different ids. In real maps only the lowest height occurs twice there, the flat floor of
-    nuclei. From it the water spreads ring by ring, so that a pixel is in dispute only if the ring before holds
-    neighbours of two ids.
-
-    Parameters
-    ----------
-    height
-        (H, W).
-    labels
-        (H, W) the watershed.
-    pieces
-        (H, W) the number of the piece that a pixel lies in.
-    queued
-        (H, W) bool: where `height` was looked at.
-    empty
-        (H, W) bool: the part of it that no marker held.
-    """
-    keys = height[queued], pieces[queued], labels[queued]
-    ordered = np.sort(keys[0])
-    tied = ordered[1:][ordered[1:] == ordered[:-1]]
-    if not tied.size:
-        return False
-    floor = ordered[0]
-    if tied[-1] > floor:
-        order = np.lexsort(keys[::-1])
-        same_height, same_piece, same_id = (np.diff(key[order]) == 0 for key in keys)
-        if (same_height & same_piece & ~same_id & (ordered[1:] > floor)).any():
-            return True
-    # A frame of one pixel gives each pixel a neighbour on all sides.
-    ids, left, flat = (np.pad(a, 1).ravel() for a in (labels, empty, queued & (height == floor)))
-    width = labels.shape[1] + 2
-    ring = np.flatnonzero(flat & ~left)
-    while ring.size:
-        around = ring[:, None] + np.array([-width, -1, 1, width])
-        claimed = left[around]
-        if (claimed & (ids[around] != ids[ring, None])).any():
-            return True
-        reached = np.unique(around[claimed])
-        left[reached] = False
-        ring = reached[flat[reached]]
-    return False

@@ -11,8 +11,6 @@ from jaxtyping import Bool, Int, Shaped
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-Window = tuple[slice, slice]  # rows and columns of a part of an image
-
 
 class Pieces:
     """The 4-connected pieces of a mask, numbered 0..count-1 in the order of their first pixels.
@@ -59,25 +57,12 @@ class Pieces:
         found[self.number[outer | (column + self.stops - self.starts == width)]] = True
         return found
 
-    def window(self, piece: int) -> Window:
-        """Return the rows and columns that a piece spans."""
-        runs = np.flatnonzero(self.number == piece)
-        rows, left = np.divmod(self.starts[runs], self.shape[1])
-        right = left + self.stops[runs] - self.starts[runs]
-        return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(left.min()), int(right.max()))
-
     def paint(self, values: Shaped[np.ndarray, " count"]) -> Shaped[np.ndarray, "h w"]:
         """Return an image with the value of its piece at each pixel, and 0 outside all pieces."""
         between = np.zeros(self.bounds.size + 1, dtype=values.dtype)  # background, run, background, ...
         between[1::2] = values[self.number]
         lengths = np.diff(self.bounds, prepend=0, append=self.shape[0] * self.shape[1])
         return np.repeat(between, lengths).reshape(self.shape)
-
-
-def widened(window: Window, margin: int) -> tuple[Window, Window]:
-    """Return a window with a margin on all sides, as far as the image goes there, and its old self within the new."""
-    wide = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in window)
-    return wide, tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(window, wide, strict=True))
 
 
 def filled(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
@@ -93,16 +78,6 @@ def opened(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     """
     inner = _plus(_square(np.pad(mask, 2), np.logical_and), np.logical_and)
     return _square(_plus(np.pad(inner, 2), np.logical_or), np.logical_or)
-
-
-def beside(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Return a mask and the pixels next to it (4-connected)."""
-    near = mask.copy()
-    near[1:] |= mask[:-1]
-    near[:-1] |= mask[1:]
-    near[:, 1:] |= mask[:, :-1]
-    near[:, :-1] |= mask[:, 1:]
-    return near
 
 
 def _square(mask: np.ndarray, join: np.ufunc) -> np.ndarray:
