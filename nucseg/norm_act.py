@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -21,15 +23,17 @@ ACTIVATIONS = {nn.Identity: (1.0, math.inf), nn.ReLU: (0.0, math.inf), nn.ReLU6:
 
 
 @functools.cache
-def has_kernels() -> bool:
-    """Is there Triton, and a GPU that it writes kernels for?"""
-    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
+def has_kernels(device: torch.device) -> bool:
+    """Is there Triton, the C compiler that it needs, and a GPU that it writes these kernels for?"""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    triton = importlib.util.find_spec("triton") is not None and torch.version.hip is None
+    return triton and compiler is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def usable(x: Float[Tensor, "b c h w"]) -> bool:
     """Can `nucseg.triton_norm` take this tensor?"""
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
-    return x.is_cuda and fits and has_kernels() and x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_cuda and fits and x.is_contiguous(memory_format=torch.channels_last) and has_kernels(x.device)
 
 
 class _NormAct(Function):

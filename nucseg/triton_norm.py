@@ -16,7 +16,9 @@ Only for a GPU with Triton, which comes with PyTorch on Linux: see `nucseg.norm_
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -272,6 +274,18 @@ class Norm(NamedTuple):
     r: Float[Tensor, " c"]
 
 
+def _where_it_lies(function: Callable) -> Callable:
+    """Run with the first argument's GPU as the current one: Triton knows no other."""
+
+    @functools.wraps(function)
+    def there(x: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *arguments)
+
+    return there
+
+
+@_where_it_lies
 def forward(
     x: Float[Tensor, "b c h w"],
     weight: Float[Tensor, " c"],
@@ -308,6 +322,7 @@ def forward(
     return y, Norm(x, weight, bias, mean, r)
 
 
+@_where_it_lies
 def gradient(
     g: Float[Tensor, "b c h w"], norm: Norm, slope: float, cap: float
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "2 c"]]:
@@ -323,6 +338,7 @@ def gradient(
     return dx, sums
 
 
+@_where_it_lies
 def second_gradient(
     u: Float[Tensor, "b c h w"],
     g: Float[Tensor, "b c h w"],
