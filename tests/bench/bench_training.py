@@ -248,9 +248,9 @@ def main() -> None:
         peers["hovernet"]: lambda: plain_hovernet_training(pairs, few["hovernet"], crop, device),
     }
     models = {
+        "hoverlite": ("hoverlite", lite(), encoder),
         "maskrcnn": ("maskrcnn", None, encoder),
         "hovernet": ("hovernet", None, None),
-        "hoverlite": ("hoverlite", lite(), encoder),
         "hoverlite narrow, fixed encoder": ("hoverlite", narrow, encoder),
     }
     models |= {name: (name, None, encoder) for name in OTHERS if cuda or options.only.startswith(name)}
