@@ -1,12 +1,11 @@
-"""BatchNorm with the activation behind it: one module, and on a GPU one pair of kernels (`nucseg.triton_norm`)."""
+"""BatchNorm with the activation behind it: one module, and on a GPU kernels that do both (`nucseg.triton_norm`)."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import math
-import os
-import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -24,10 +23,20 @@ ACTIVATIONS = {nn.Identity: (1.0, math.inf), nn.ReLU: (0.0, math.inf), nn.ReLU6:
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Is there Triton, the C compiler that it needs, and a GPU that it writes these kernels for?"""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    triton = importlib.util.find_spec("triton") is not None and torch.version.hip is None
-    return triton and compiler is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Does `nucseg.triton_norm` work here? It needs Triton, a C compiler, Python's headers, and a GPU from Ampere on."""
+    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from nucseg import triton_norm
+
+        x = torch.zeros(1, 8, 1, 1, device=device).contiguous(memory_format=torch.channels_last)
+        triton_norm.forward(x, x.new_ones(8), x.new_zeros(8), 1.0, math.inf, 1e-5)
+    except Exception as error:  # whatever Triton's compilation lacks: PyTorch's own kernels do without
+        warnings.warn(f"Triton's kernels cannot be used, PyTorch's slower ones are: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def usable(x: Float[Tensor, "b c h w"]) -> bool:

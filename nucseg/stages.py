@@ -191,7 +191,7 @@ class Stages:
             if finished_scales.is_file():
                 synthesiser.from_tensors(load_file(finished_scales))
                 with safe_open(finished_scales, "pt") as file:
-                    began -= float(file.metadata()["seconds"])
+                    began -= float((file.metadata() or {}).get("seconds", 0))
 
             def keep(tensors: dict[str, torch.Tensor]) -> None:
                 save_file(tensors, folder / "scales", {"seconds": str(time.time() - began)})

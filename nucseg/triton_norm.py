@@ -1,9 +1,9 @@
 """BatchNorm and activation as few passes over memory, for channels-last tensors on a GPU: kernels in Triton.
 
-PyTorch's BatchNorm in bf16 and channels-last reaches a third of an H100's bandwidth, and the activation behind it is
-one more pass each way: 42 % of a training step of `hoverlite`. Here the activation is part of the normalisation, so
-forward and backward take eight passes over the activations in place of thirteen, and the second derivative that
-CSinGAN's gradient penalty asks for takes eight in place of about twenty.
+PyTorch's BatchNorm in bf16 and channels-last takes one and a half to four times as long on an H100 (docs/speed.md), and
+the activation behind it is one more pass each way. Here it is part of the normalisation, so forward and backward take
+eight passes over the activations in place of thirteen, and the second derivative that CSinGAN's gradient penalty asks
+for takes eight in place of about twenty.
 
 A tensor (b, c, h, w) in channels-last lies in memory as rows of c values. Programs first sum their share of the rows by
 channel, always in the same order, and write the sums side by side: no atomic additions, so that the same input gives
@@ -278,9 +278,9 @@ def _where_it_lies(function: Callable) -> Callable:
     """Run with the first argument's GPU as the current one: Triton knows no other."""
 
     @functools.wraps(function)
-    def there(x: Tensor, *arguments: Any) -> Any:
+    def there(x: Tensor, *arguments: Any, **options: Any) -> Any:
         with torch.cuda.device_of(x):
-            return function(x, *arguments)
+            return function(x, *arguments, **options)
 
     return there
 

@@ -204,13 +204,13 @@ class _Dense(nn.Module):
         for i in range(count):
             width = inputs + 32 * i
             self.units.append(
-                nn.Sequential(
-                    NormAct(width), nn.Conv2d(width, 128, 1, bias=False),
-                    NormAct(128), nn.Conv2d(128, 32, kernel, groups=4, bias=False),
-                )
+                _named([
+                    ("0", NormAct(width)), ("2", nn.Conv2d(width, 128, 1, bias=False)),
+                    ("3", NormAct(128)), ("5", nn.Conv2d(128, 32, kernel, groups=4, bias=False)),
+                ])
             )  # fmt: skip
         self.cut = kernel - 1
-        self.end = NormAct(inputs + 32 * count)
+        self.end = nn.Sequential(NormAct(inputs + 32 * count))
 
     def forward(self, x: Tensor) -> Tensor:
         for unit in self.units:
@@ -230,7 +230,7 @@ class _Branch(nn.Module):
             nn.Conv2d(512, 128, kernel, bias=False), _Dense(128, 4, kernel), nn.Conv2d(256, 256, 1, bias=False)
         )
         self.u1 = nn.Conv2d(256, 64, kernel, padding=kernel // 2, bias=False)
-        self.u0 = nn.Sequential(NormAct(64), nn.Conv2d(64, 2, 1))
+        self.u0 = _named([("0", NormAct(64)), ("2", nn.Conv2d(64, 2, 1))])
 
     def forward(self, x: Tensor, skips: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         fine, middle, coarse = skips
