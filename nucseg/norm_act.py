@@ -23,7 +23,7 @@ ACTIVATIONS = {nn.Identity: (1.0, math.inf), nn.ReLU: (0.0, math.inf), nn.ReLU6:
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Does `nucseg.triton_norm` work here? It needs Triton, a C compiler, Python's headers, and a GPU from Ampere on."""
+    """Does `nucseg.triton_norm` work here? It needs Triton, a C compiler, Python's headers, a GPU from Ampere on."""
     if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
