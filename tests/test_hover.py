@@ -437,3 +437,12 @@ def test_hovernet_says_which_weights_it_started_from(tmp_path):
         build("hovernet", weights=path)
     with pytest.raises(RuntimeError, match="'hoverlite' takes any encoder"):
         HoverNet(encoder="resnet50")
+
+
+def test_hovernets_weights_keep_the_names_that_saved_ones_have():
+    with torch.device("meta"):
+        names = set(build("hovernet", pretrained=False).state_dict())
+    branch = ("u3.1.units.0.0.weight", "u3.1.units.7.2.weight", "u2.1.units.3.3.bias", "u2.1.units.3.5.weight",
+              "u3.1.end.0.weight", "u0.0.running_mean", "u0.2.bias")  # fmt: skip
+    assert {f"{head}_branch.{name}" for head in ("np", "hv") for name in branch} <= names
+    assert {"conv0./.weight", "conv0.bn.weight", "d0.units.1.preact/bn.weight", "d3.blk_bna.bn.bias"} <= names

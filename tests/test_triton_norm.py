@@ -158,3 +158,15 @@ def test_a_gan_trains_the_same_by_the_kernels(request):
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=2e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
         assert states[1][name].is_contiguous()
+
+
+def test_where_triton_cannot_compile_pytorchs_kernels_do_it(triton_norm, monkeypatch):
+    def no_compiler(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton_norm, "forward", no_compiler)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.warns(UserWarning, match="PyTorch's slower ones"):
+        assert not norm_act.has_kernels.__wrapped__(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not norm_act.has_kernels.__wrapped__(torch.device("cuda"))
