@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,20 @@ from torch.autograd import Function
 LARGE = 2**22
 
 ACTIVATIONS = {nn.Identity: (1.0, math.inf), nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}  # slope below 0, cap
+
+
+_recording = False
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Let the kernels take small maps as well: their launches are recorded, for a CUDA graph, and cost the host nothing."""
+    global _recording
+    before, _recording = _recording, True
+    try:
+        yield
+    finally:
+        _recording = before
 
 
 @functools.cache
@@ -47,12 +63,15 @@ def usable(x: Float[Tensor, "b c h w"]) -> bool:
 
 class _NormAct(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, slope, cap, eps, running):
+    def forward(ctx, x, weight, bias, slope, cap, eps, running, fixed):
         from nucseg import triton_norm
 
-        y, norm = triton_norm.forward(x, weight, bias, slope, cap, eps, running)
+        if fixed:
+            y, norm = triton_norm.forward_fixed(x, weight, bias, slope, cap, eps, *running)
+        else:
+            y, norm = triton_norm.forward(x, weight, bias, slope, cap, eps, running)
         ctx.save_for_backward(*norm)
-        ctx.activation = slope, cap
+        ctx.how = slope, cap, fixed
         return y
 
     @staticmethod
@@ -60,8 +79,8 @@ class _NormAct(Function):
     def backward(ctx, g):
         from nucseg import triton_norm
 
-        dx, (db, dw) = triton_norm.gradient(g, triton_norm.Norm(*ctx.saved_tensors), *ctx.activation)
-        return dx, dw, db, None, None, None, None
+        dx, (db, dw) = triton_norm.gradient(g, triton_norm.Norm(*ctx.saved_tensors), *ctx.how)
+        return dx, dw, db, None, None, None, None, None
 
 
 class NormAct(nn.BatchNorm2d):
@@ -84,10 +103,14 @@ class NormAct(nn.BatchNorm2d):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         plain = self.affine and self.track_running_stats and self.momentum is not None
-        if self.training and plain and x.numel() >= LARGE and usable(x):
-            self.num_batches_tracked.add_(1)
-            running = self.running_mean, self.running_var, self.momentum
-            return _NormAct.apply(x, self.weight, self.bias, self.slope, self.cap, self.eps, running)
+        large = x.numel() >= (0 if _recording else LARGE)
+        if plain and large and torch.is_grad_enabled() and usable(x):
+            running = self.running_mean, self.running_var
+            if self.training:
+                self.num_batches_tracked.add_(1)
+                running = *running, self.momentum
+            how = self.slope, self.cap, self.eps, running, not self.training
+            return _NormAct.apply(x, self.weight, self.bias, *how)
         y = super().forward(x)
         if self.activation is nn.Identity:
             return y

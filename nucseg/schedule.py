@@ -34,8 +34,8 @@ class TrainingConfig:
     channels_last
         Layout of images and weights in memory: what a GPU's tensor cores like best, except with grouped convolutions.
     cuda_graph
-        Capture the step once and replay it, where that can be done: on a GPU, with a model of fixed shapes (not Mask
-        R-CNN). Left aside elsewhere, so that one profile runs everywhere.
+        Capture the step once and replay it, where that can be done: on a GPU, with a model of fixed shapes. Left aside
+        elsewhere, so that one profile runs everywhere.
     benchmark
         Let cuDNN try a few algorithms for every convolution in the first steps, on a GPU. On an H100 that took 34 s
         (some have to be compiled) and gained `hoverlite` nothing.

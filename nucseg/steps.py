@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nucseg.augment import AugmentConfig, augment
 from nucseg.crops import CropPool
 from nucseg.models.base import Segmenter
+from nucseg.norm_act import recording
 from nucseg.schedule import TrainingConfig
 
 # (student, teacher, generator, share of the training done as a tensor) to loss terms on images without labels
@@ -77,7 +78,7 @@ class Step:
             self._graph.replay()
         elif self._eager_left > 0:
             self._eager_left -= 1
-            with _beside(self.device), self._convolutions():
+            with _beside(self.device), self._convolutions(), recording():
                 self.terms = self.run()
         else:
             with self._convolutions():
@@ -119,7 +120,7 @@ class Step:
         self.optimiser.zero_grad(set_to_none=True)
         try:
             # Convolutions have been tried out in the warm-up; here their choice is only looked up.
-            with self._convolutions(), torch.cuda.graph(graph):
+            with self._convolutions(), recording(), torch.cuda.graph(graph):
                 self.terms = self.run()
             self._graph = graph
         except RuntimeError as error:

@@ -17,7 +17,8 @@ from torchvision.ops import nms, roi_align
 
 from nucseg.config import ConfigError, from_mapping
 from nucseg.labels import IGNORE
-from nucseg.models import build
+from nucseg.models import boxes as boxes_module
+from nucseg.models import build, maskrcnn
 from nucseg.models.boxes import (
     Targets,
     batched_nms,
@@ -96,6 +97,38 @@ def test_targets_equal_a_loop_over_the_ids_of_each_image(seed):
             assert targets.boxes[b, place].tolist() == expected
             rebuilt[labels == value] = place + 1
         assert np.array_equal(targets.index[b].numpy(), rebuilt)
+
+
+def test_nuclei_for_whom_no_place_is_left_are_unknown():
+    maps = torch.tensor([[[1, 1, 0, 7], [3, 3, 0, 9]], [[0, 2, 2, 0], [0, 0, IGNORE, 0]]])
+    roomy, tight = targets_from_labels(maps, most=6), targets_from_labels(maps, 9, most=2)
+    assert roomy.valid.tolist() == [[True] * 4 + [False] * 2, [True] + [False] * 5]
+    plain = targets_from_labels(maps)
+    assert torch.equal(roomy.boxes[:, :4], plain.boxes) and torch.equal(roomy.index, plain.index)
+    assert tight.valid.tolist() == [[True, True], [True, False]]
+    assert torch.equal(tight.boxes, plain.boxes[:, :2])
+    assert tight.index.tolist() == [[[1, 1, 0, IGNORE], [2, 2, 0, IGNORE]], plain.index[1].tolist()]
+    assert not roomy.boxes[:, 4:].any()
+
+
+def test_fixed_shapes_change_nothing_where_all_examples_are_drawn(monkeypatch):
+    """As on a GPU: places worked on for nothing, and suppression by a fixed number of rounds."""
+    everything = {"rpn_samples": 10**5, "roi_samples": 2000, "rpn_fraction": 1.0, "roi_fraction": 0.5}
+    torch.manual_seed(1)
+    config = dataclasses.replace(TINY, **everything, mask_samples=1000, densest=500)
+    net = build("maskrcnn", "efficientnet_lite0", config, pretrained=False).train()
+    images, labels = batch()
+    losses = []
+    for fixed in (False, True):
+        for module in (boxes_module, maskrcnn):
+            monkeypatch.setattr(module, "shapes_are_fixed", lambda device, fixed=fixed: fixed)
+        net.zero_grad()
+        terms = net.loss(images, labels)
+        sum(terms.values()).backward()
+        losses.append({**terms, "gradient": net.fpn.inner_blocks[0][0].weight.grad.clone()})
+    assert losses[0]["mask"] > 0
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_batch_without_nuclei_has_empty_targets_and_a_finite_loss_with_gradient(model):
@@ -325,6 +358,9 @@ def test_batched_suppression_is_greedy_suppression():
         keep = batched_nms(boxes, threshold)
         for b in range(4):
             assert torch.equal(keep[b].nonzero()[:, 0], nms(boxes[b], scores, threshold).sort().values)
+        assert torch.equal(batched_nms(boxes, threshold, 60), keep)
+    keep, few = (batched_nms(boxes, 0.1, rounds) for rounds in (None, 2))
+    assert (few | keep).equal(few) and not few.equal(keep)  # what is not settled stays
 
 
 def test_sampling_respects_count_fraction_and_kind():

@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nucseg.augment import AugmentConfig
 from nucseg.crops import CropPool
 from nucseg.mean_teacher import MeanTeacher, MeanTeacherConfig
-from nucseg.models import build
+from nucseg.models import boxes, build, maskrcnn
 from nucseg.models.dist import DistConfig
 from nucseg.models.hoverlite import HoverLiteConfig
 from nucseg.models.hovernet import HoverNetConfig
 from nucseg.models.maskrcnn import MaskRCNNConfig
 from nucseg.models.mdcnet import MDCNetConfig
 from nucseg.models.micronet import MicroNetConfig
+from nucseg.models.pffnet import DPMSFFConfig, PFFNetConfig
 from nucseg.steps import Average, Step
 from nucseg.training import TrainingConfig, train
 
@@ -63,10 +64,13 @@ def pairs(count=2, size=128):
 
 
 def small(name):
+    narrow = {"fpn_channels": 16, "box_widths": (16,), "mask_widths": (16,), "train_candidates": 50}
     config = {
         "hoverlite": HoverLiteConfig(widths=(8, 8, 8, 8)),
         "hovernet": HoverNetConfig(),
-        "maskrcnn": MaskRCNNConfig(fpn_channels=16, box_widths=(16,), mask_widths=(16,), train_candidates=50),
+        "maskrcnn": MaskRCNNConfig(**narrow),
+        "dpmsff": DPMSFFConfig(**narrow, semantic_width=8),
+        "pffnet": PFFNetConfig(**narrow, semantic_width=8, quality_widths=(8, 8), quality_hidden=8),
         "dist": DistConfig(features=4, halvings=3),
         "micronet": MicroNetConfig(width=2),
         "mdcnet": MDCNetConfig(widths=(8, 8, 8, 8)),
@@ -74,6 +78,12 @@ def small(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build(name, "efficientnet_lite0", config, pretrained=False)
+
+
+def as_on_a_gpu(monkeypatch):
+    """Let networks of regions work with fixed shapes, as they do wherever waiting for values is dear."""
+    for module in (boxes, maskrcnn):
+        monkeypatch.setattr(module, "shapes_are_fixed", lambda device: True)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +95,13 @@ def small(name):
         ("dist", AugmentConfig(), False),
         ("micronet", AugmentConfig(), False),
         ("mdcnet", AugmentConfig(), False),
+        ("maskrcnn", STRONG, False),
+        ("dpmsff", AugmentConfig(), False),
+        ("pffnet", AugmentConfig(), False),
     ],
 )
-def test_a_step_of_fixed_shapes_never_waits_for_the_device(name, changes, taught):
+def test_a_step_of_fixed_shapes_never_waits_for_the_device(name, changes, taught, monkeypatch):
+    as_on_a_gpu(monkeypatch)
     model, data, device = small(name).train(), pairs(), torch.device("cpu")
     config = TrainingConfig(batch=2, crop=64, iterations=10, ema=0.9, precision="bf16" if taught else "fp32")
     hook = MeanTeacher([i for i, _ in data], MeanTeacherConfig(), 2, 64, changes, device) if taught else None
@@ -103,7 +117,11 @@ def test_a_step_of_fixed_shapes_never_waits_for_the_device(name, changes, taught
 
 
 @pytest.mark.parametrize(
-    ("name", "crop"), [("hoverlite", 64), ("hovernet", 256), ("dist", 64), ("micronet", 64), ("mdcnet", 64)]
+    ("name", "crop"),
+    [
+        *(("hoverlite", 64), ("hovernet", 256), ("dist", 64), ("micronet", 64), ("mdcnet", 64)),
+        *(("maskrcnn", 64), ("dpmsff", 64), ("pffnet", 64)),
+    ],
 )
 def test_shapes_of_a_loss_follow_from_shapes_alone(name, crop, monkeypatch):
     """On the meta device there are shapes but no values: whatever asks for one fails."""
@@ -124,10 +142,6 @@ def test_the_watch_against_waiting_does_raise():
         for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0.5], lambda: torch.tensor([1.0, 2.0])):
             with pytest.raises(AssertionError):
                 wait()
-
-
-def test_mask_rcnn_says_that_its_shapes_vary():
-    assert not small("maskrcnn").fixed_shapes
 
 
 def test_ids_never_exceed_what_the_step_tells_the_model():

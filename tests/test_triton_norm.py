@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from nucseg import norm_act
 from nucseg.gan import build, fast_norm, scale_training
 from nucseg.gan.csingan import CSinGANConfig
+from nucseg.models import decoder
 from nucseg.norm_act import NormAct, fuse
 
 pytest.importorskip("triton")
@@ -25,6 +26,7 @@ def everywhere(monkeypatch):
         return x.dtype != torch.float64 and x.shape[1] % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last)
 
     monkeypatch.setattr(norm_act, "usable", usable)
+    monkeypatch.setattr(decoder, "usable", usable)
     monkeypatch.setattr(fast_norm, "usable", usable)
     monkeypatch.setattr(norm_act, "LARGE", 0)
     monkeypatch.setattr(scale_training, "_layout", lambda device: torch.channels_last)
@@ -81,6 +83,38 @@ def test_values_and_both_derivatives_are_those_of_double_precision(
     assert y.is_contiguous(memory_format=torch.channels_last)
     again, _ = triton_norm.forward(x, weight, bias, slope, cap, 1e-5)
     assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_given_statistics_stay_as_they_are(triton_norm, activation):
+    slope, cap = ACTIVATIONS[activation]
+    x, g = 2 * draw(3, 48, 9, 11) + 5, draw(3, 48, 9, 11, seed=1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias, mean, var = 1 + draw(48, seed=2), draw(48, seed=3), 4 + draw(48, seed=4), 1 + draw(48, seed=5) ** 2
+    y, norm = triton_norm.forward_fixed(x, weight, bias, slope, cap, 1e-5, mean, var)
+    dx, (db, dw) = triton_norm.gradient(g, norm, slope, cap, fixed=True)
+    exact = [value.double().requires_grad_() for value in (x, weight, bias)]
+    z = F.batch_norm(exact[0], mean.double(), var.double(), *exact[1:], False, 0.0, 1e-5)
+    out = torch.where(z > 0, z.clamp(max=cap), slope * z)
+    by = torch.autograd.grad(out, exact, g.double())
+    for ours, theirs in zip((y, dx, dw, db), (out, *by), strict=True):
+        assert error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [8, 48])
+def test_maps_are_enlarged_as_pytorch_does(dtype, channels):
+    from nucseg import triton_enlarge
+
+    x = draw(2, channels, 5, 7).to(dtype).requires_grad_()
+    expected = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    got = triton_enlarge.enlarge(x.detach())
+    assert torch.equal(got, expected) and got.is_contiguous(memory_format=torch.channels_last)
+    g = draw(2, channels, 10, 14, seed=1).to(dtype)
+    expected.backward(g)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        assert error(triton_enlarge.gradient(g.contiguous(memory_format=layout)), x.grad.double()) < 1e-2
+
 
 
 def test_a_mean_far_from_zero_does_not_cancel_the_variance(triton_norm):

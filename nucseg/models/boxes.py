@@ -12,6 +12,7 @@ tenth of the width of a small nucleus's IoU); non-maximum suppression of proposa
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,25 @@ _SMOOTH_L1_BETA = 1 / 9  # torchvision's
 
 
 class Targets(NamedTuple):
-    """The true nuclei of a batch, padded to the largest count of the batch (at least 1)."""
+    """The true nuclei of a batch, padded to a count of places (at least 1)."""
 
     boxes: Tensor  # (b, g, 4) float32
     valid: Tensor  # (b, g) bool: which of the g places hold a nucleus
     index: Tensor  # (b, h, w) int64: 0 = background, j + 1 = the nucleus in place j, IGNORE = unknown
 
 
-def targets_from_labels(label_maps: Int[Tensor, "b h w"], largest_id: int | None = None) -> Targets:
+def shapes_are_fixed(device: torch.device) -> bool:
+    """Say whether shapes on this device follow from shapes alone, never from values.
+
+    On a GPU it is cheaper to work on a few places for nothing than to make the host wait until it knows which they are,
+    and only so can a step be captured. What is computed for nothing must be weighted by 0.
+    """
+    return device.type != "cpu"
+
+
+def targets_from_labels(
+    label_maps: Int[Tensor, "b h w"], largest_id: int | None = None, most: int | None = None
+) -> Targets:
     """Read boxes from label maps, on their device and without a loop over ids.
 
     Ids may be any positive integers, with gaps and in several pieces; places follow the order of the ids. An image
@@ -41,7 +53,10 @@ def targets_from_labels(label_maps: Int[Tensor, "b h w"], largest_id: int | None
     Parameters
     ----------
     largest_id
-        No id is larger. None: the device is asked. How many nuclei there are in the fullest image is asked in any case.
+        No id is larger. None: the device is asked.
+    most
+        Places for the nuclei of an image; those of the largest ids, which find none left, become unknown. None: as many
+        as the fullest image has, for which the device is asked.
     """
     b, h, w = label_maps.shape
     device = label_maps.device
@@ -58,6 +73,9 @@ def targets_from_labels(label_maps: Int[Tensor, "b h w"], largest_id: int | None
     nuclei = present[: span * b].view(b, span)
     place = nuclei.cumsum(1) - 1
     index = torch.where(inside, place.view(-1)[key.clamp(max=span * b - 1)].view(b, h, w) + 1, ids.clamp(max=0))
+    if most is None:
+        most = max(1, int(nuclei.sum(dim=1).max()))
+    index = torch.where(index > most, IGNORE, index)
 
     column, row = (
         torch.arange(w, device=device).expand(b, h, w),
@@ -68,9 +86,8 @@ def targets_from_labels(label_maps: Int[Tensor, "b h w"], largest_id: int | None
     low = torch.full((span * b + w, 2), max(h, w), device=device).scatter_reduce(0, each, position, "amin")
     high = torch.zeros((span * b + w, 2), dtype=torch.int64, device=device)
     high = high.scatter_reduce(0, each, position + 1, "amax")
-    most = max(1, int(nuclei.sum(dim=1).max()))
     boxes = torch.zeros((b, most + 1, 4), device=device)  # the last place takes the ids that are not there
-    slot = torch.where(nuclei, place, most)[..., None].expand(-1, -1, 4)
+    slot = torch.where(nuclei, place, most).clamp(max=most)[..., None].expand(-1, -1, 4)
     boxes.scatter_(1, slot, torch.cat((low, high), dim=1)[: span * b].view(b, span, 4).float())
     valid = torch.arange(most, device=device) < nuclei.sum(dim=1, keepdim=True)
     return Targets(boxes[:, :most] * valid[..., None], valid, index)
@@ -248,12 +265,8 @@ def match(
 
 
 def places(used: Bool[Tensor, "b k"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Return image and slot of the used places, or on a GPU of all places.
-
-    There it is cheaper to work on a few places for nothing than to make the host wait until it knows which they are:
-    what is computed from them must be weighted by `used`.
-    """
-    if used.is_cuda:
+    """Return image and slot of the used places, or of all places where shapes are fixed."""
+    if shapes_are_fixed(used.device):
         b, k = used.shape
         image = torch.arange(b, device=used.device)[:, None].expand(b, k)
         return image.reshape(-1), torch.arange(k, device=used.device).expand(b, k).reshape(-1)
@@ -290,18 +303,25 @@ def sample(
     return indices.gather(1, order), is_positive.gather(1, order), is_drawn.gather(1, order)
 
 
-def batched_nms(boxes: Float[Tensor, "b n 4"], threshold: float) -> Bool[Tensor, "b n"]:
+def batched_nms(
+    boxes: Float[Tensor, "b n 4"], threshold: float, rounds: int | None = None
+) -> Bool[Tensor, "b n"]:
     """Greedy non-maximum suppression of many images at once; `boxes` in falling order of score.
 
     A box stays unless a box before it that stays overlaps it by more than `threshold`. Iterating that rule from "all
     stay" settles the boxes in order of the length of their chains, so the fixed point is the greedy answer.
+
+    Parameters
+    ----------
+    rounds
+        Iterate so often, whether all is settled or not: boxes at the end of longer chains of overlaps may stay by
+        mistake if the number is even. None: until nothing changes, for which the device is asked.
     """
     overlap = torch.triu(pairwise_iou(boxes, boxes) > threshold, diagonal=1).to(
         torch.bfloat16 if boxes.is_cuda else torch.float32
     )
     keep = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-    while True:
-        for _ in range(8 if boxes.is_cuda else 1):  # looking whether it has settled makes the host wait
-            before, keep = keep, torch.bmm(keep[:, None].to(overlap), overlap)[:, 0] == 0
-        if torch.equal(before, keep):
+    for done in itertools.count(1):
+        before, keep = keep, torch.bmm(keep[:, None].to(overlap), overlap)[:, 0] == 0
+        if done == rounds or (rounds is None and torch.equal(before, keep)):
             return keep

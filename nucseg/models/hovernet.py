@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from nucseg.encoders import EncoderError, read_weights
 from nucseg.inference import InferenceConfig
@@ -248,8 +250,24 @@ def _named(parts: list[tuple[str, nn.Module]]) -> nn.Sequential:
 
 def _crop(x: Tensor, pixels: int) -> Tensor:
     """Cut `pixels` off each dimension, half on each side."""
-    half = pixels // 2
-    return x[..., half : x.shape[-2] - (pixels - half), half : x.shape[-1] - (pixels - half)]
+    return _Crop.apply(x, pixels // 2, pixels - pixels // 2)
+
+
+class _Crop(Function):
+    """A view whose gradient lies in memory as the gradient behind it does.
+
+    That of a slice is laid out anew, in rows of one channel, and a sum of the two layouts takes a GPU five times as
+    long as a sum of equal ones.
+    """
+
+    @staticmethod
+    def forward(ctx, x, before, after):
+        ctx.cut = before, after
+        return x[..., before : x.shape[-2] - after, before : x.shape[-1] - after]
+
+    @staticmethod
+    def backward(ctx, g):
+        return F.pad(g, ctx.cut * 2), None, None
 
 
 def _mirror(images: Tensor, pads: tuple[int, int, int, int]) -> Tensor:

@@ -15,6 +15,7 @@ loss formulas. What differs, and why (REFERENCE section 6, A29-A33):
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,12 +40,14 @@ from nucseg.models.boxes import (
     match,
     places,
     sample,
+    shapes_are_fixed,
     targets_from_labels,
     unknown_share,
 )
 from nucseg.models.heads import BoxHead, MaskHead, Norm, ProposalHead
 from nucseg.models.painting import nms_across, paint, spans
 
+NMS_ROUNDS = 16  # where the host must not wait; chains of overlaps above 0.7 among the proposals are shorter
 RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0), (10.0, 5.0)  # torchvision's scaling of box offsets: (centre, log side)
 
 
@@ -90,6 +93,7 @@ class MaskRCNNConfig:
     train_proposals: int = 500
     test_candidates: int = 12000  # ... and per tile at test
     test_proposals: int = 4000
+    densest: int = 256  # nuclei in 256 x 256 px of a training crop; on a GPU, what exceeds that is unknown
     # boxes and masks
     roi_iou: float = 0.5
     roi_samples: int = 256
@@ -122,9 +126,13 @@ class MaskRCNNConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a value in [0, 1], got {getattr(self, name)}")
         for name in ("fpn_channels", "box_pool", "mask_pool", "rpn_samples", "train_candidates", "train_proposals",
-                     "test_candidates", "test_proposals", "roi_samples", "mask_samples", "detections"):  # fmt: skip
+                     "densest", "test_candidates", "test_proposals", "roi_samples", "mask_samples", "detections"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def places_for(self, shape: tuple[int, int]) -> int:
+        """Return how many nuclei a training crop of this height and width may hold."""
+        return max(1, math.ceil(self.densest * shape[0] * shape[1] / 256**2))
 
 
 class Features(NamedTuple):
@@ -170,6 +178,7 @@ class MaskRCNN(Segmenter):
     A network built on this one overrides `norm`, `_new_mask_head`, `_further_losses` and `_final_scores`.
     """
 
+    fixed_shapes = True
     norm: Norm | None = None  # of the pyramid's and the box head's layers, by their width
 
     def __init__(
@@ -212,7 +221,9 @@ class MaskRCNN(Segmenter):
         makes neither positive nor negative examples, and its pixels are left out of the masks.
         """
         config, scale = self.config, self.config.scale
-        targets = targets_from_labels(label_maps, self.largest_id)
+        fixed = shapes_are_fixed(label_maps.device)
+        most = config.places_for(label_maps.shape[-2:]) if fixed else None
+        targets = targets_from_labels(label_maps, self.largest_id, most)
         scaled = targets._replace(boxes=targets.boxes * scale)
         features = self._features(images)
         logits, offsets, anchors = self._propose(features.levels)
@@ -304,7 +315,8 @@ class MaskRCNN(Segmenter):
         # A diverged network's boxes would be places out of bounds, which kill a GPU's process before anybody is told.
         boxes = boxes.nan_to_num(0.0)
         boxes = clip_boxes_to_image(boxes, [round(side * config.scale) for side in shape])
-        keep = batched_nms(boxes, config.rpn_nms) & ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(dim=-1)
+        rounds = NMS_ROUNDS if shapes_are_fixed(boxes.device) else None
+        keep = batched_nms(boxes, config.rpn_nms, rounds) & ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(dim=-1)
         score, order = score.masked_fill(~keep, -torch.inf).topk(min(config.train_proposals, score.shape[1]), dim=1)
         return boxes.gather(1, order[..., None].expand(-1, -1, 4)), score > -torch.inf
 
