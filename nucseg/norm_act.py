@@ -28,7 +28,7 @@ _recording = False
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Let the kernels take small maps as well: their launches are recorded, for a CUDA graph, and cost the host nothing."""
+    """Let the kernels take small maps as well: launches that a CUDA graph records cost the host nothing later."""
     global _recording
     before, _recording = _recording, True
     try:

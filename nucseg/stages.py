@@ -40,7 +40,7 @@ from nucseg.training import train
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
 
 SELECTION_CODE = ("nucseg.selection", "nucseg.encoders")
-KERNEL_CODE = ("nucseg.norm_act", "nucseg.triton_norm", "nucseg.triton_enlarge")
+KERNEL_CODE = ("nucseg.norm_act", "nucseg.triton_norm", "nucseg.triton_enlarge", "nucseg.triton_conv")
 MODEL_CODE = (
     *("nucseg.models", "nucseg.training", "nucseg.schedule", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
     *("nucseg.inference", "nucseg.encoders", *KERNEL_CODE),

@@ -3,8 +3,8 @@
 PyTorch's BatchNorm in bf16 and channels-last takes one and a half to four times as long on an H100 (docs/speed.md), and
 the activation behind it is one more pass each way. Here it is part of the normalisation, so forward and backward take
 eight passes over the activations in place of thirteen, and the second derivative that CSinGAN's gradient penalty asks
-for takes eight in place of about twenty. With statistics that stay as they are, as Mask R-CNN keeps its encoder's, it is
-five passes in both directions.
+for takes eight in place of about twenty. Where the statistics stay as they are, as those of Mask R-CNN's encoder do,
+both directions together take five passes.
 
 A tensor (b, c, h, w) in channels-last lies in memory as rows of c values. Programs first sum their share of the rows by
 channel, always in the same order, and write the sums side by side: no atomic additions, so that the same input gives
@@ -378,9 +378,9 @@ def gradient(
     rest = shape.rows, shape.eights, slope, cap, HEIGHT, WIDTH
     if fixed:
         _fixed_gradient[shape.sums](g, *norm, dx, parts, *rest, num_warps=WARPS)
-        return dx, _added(parts)
+        return dx, add_parts(parts)
     _gradient_sums[shape.sums](g, *norm, parts, *rest, num_warps=WARPS)
-    sums = _added(parts)
+    sums = add_parts(parts)
     _gradient[shape.tiles](g, *norm, sums, dx, *rest, num_warps=WARPS)
     return dx, sums
 
@@ -401,11 +401,11 @@ def second_gradient(
     rest = shape.rows, shape.eights, slope, cap, HEIGHT, WIDTH
     _second_sums[shape.sums](u, g, *norm, parts, *rest, num_warps=WARPS)
     by_g, by_x, by_w = torch.empty_like(g), torch.empty_like(norm.x), torch.empty_like(norm.weight)
-    _second[shape.tiles](u, g, *norm, sums, _added(parts), by_g, by_x, by_w, *rest, num_warps=WARPS)
+    _second[shape.tiles](u, g, *norm, sums, add_parts(parts), by_g, by_x, by_w, *rest, num_warps=WARPS)
     return by_g, by_x, by_w
 
 
-def _added(parts: Float[Tensor, "p k c"]) -> Float[Tensor, "k c"]:
+def add_parts(parts: Float[Tensor, "p k c"]) -> Float[Tensor, "k c"]:
     sums = parts.new_empty(parts.shape[1:])
     _add_parts[(triton.cdiv(sums.numel(), 16),)](parts, sums, len(parts), sums.numel(), 64, 16)
     return sums

@@ -104,7 +104,8 @@ def test_nuclei_for_whom_no_place_is_left_are_unknown():
     roomy, tight = targets_from_labels(maps, most=6), targets_from_labels(maps, 9, most=2)
     assert roomy.valid.tolist() == [[True] * 4 + [False] * 2, [True] + [False] * 5]
     plain = targets_from_labels(maps)
-    assert torch.equal(roomy.boxes[:, :4], plain.boxes) and torch.equal(roomy.index, plain.index)
+    assert torch.equal(roomy.boxes[:, :4], plain.boxes)
+    assert torch.equal(roomy.index, plain.index)
     assert tight.valid.tolist() == [[True, True], [True, False]]
     assert torch.equal(tight.boxes, plain.boxes[:, :2])
     assert tight.index.tolist() == [[[1, 1, 0, IGNORE], [2, 2, 0, IGNORE]], plain.index[1].tolist()]
@@ -360,7 +361,8 @@ def test_batched_suppression_is_greedy_suppression():
             assert torch.equal(keep[b].nonzero()[:, 0], nms(boxes[b], scores, threshold).sort().values)
         assert torch.equal(batched_nms(boxes, threshold, 60), keep)
     keep, few = (batched_nms(boxes, 0.1, rounds) for rounds in (None, 2))
-    assert (few | keep).equal(few) and not few.equal(keep)  # what is not settled stays
+    assert (few | keep).equal(few)  # what is not settled stays
+    assert not few.equal(keep)
 
 
 def test_sampling_respects_count_fraction_and_kind():

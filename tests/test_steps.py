@@ -217,8 +217,9 @@ def test_a_replayed_step_learns_what_an_eager_one_does(optimiser, taught):
 @pytest.mark.gpu
 def test_a_step_is_captured_after_its_warm_up_and_only_where_shapes_are_fixed():
     device = torch.device("cuda")
-    for name, captured in (("hoverlite", True), ("maskrcnn", False)):
+    for name, captured in (("hoverlite", True), ("maskrcnn", True), ("maskrcnn", False)):
         model = small(name).cuda().train()
+        model.fixed_shapes = captured
         config = TrainingConfig(batch=2, crop=64, cuda_graph=True)
         pool = CropPool(pairs(), 64, device)
         step = Step(model, pool, AugmentConfig(), config, torch.Generator(device).manual_seed(0), None, None)

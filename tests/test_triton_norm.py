@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nucseg import norm_act
-from nucseg.gan import build, fast_norm, scale_training
+from nucseg.gan import build, fast_conv, fast_norm, scale_training
 from nucseg.gan.csingan import CSinGANConfig
 from nucseg.models import decoder
 from nucseg.norm_act import NormAct, fuse
@@ -27,6 +27,8 @@ def everywhere(monkeypatch):
 
     monkeypatch.setattr(norm_act, "usable", usable)
     monkeypatch.setattr(decoder, "usable", usable)
+    monkeypatch.setattr(fast_conv, "usable", usable)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(fast_norm, "usable", usable)
     monkeypatch.setattr(norm_act, "LARGE", 0)
     monkeypatch.setattr(scale_training, "_layout", lambda device: torch.channels_last)
@@ -101,6 +103,28 @@ def test_given_statistics_stay_as_they_are(triton_norm, activation):
         assert error(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("widths", [(32, 32), (64, 32)])
+def test_convolutions_and_both_derivatives_are_those_of_double_precision(everywhere, monkeypatch, widths):
+    """By way of `fast_conv`, whose second derivatives are the same three maps."""
+    from nucseg import triton_conv
+
+    ran = []
+    for name in ("convolve", "by_input", "by_weight"):
+        work = getattr(triton_conv, name)
+        monkeypatch.setattr(triton_conv, name, lambda *a, name=name, work=work: (ran.append(name), work(*a))[1])
+    c, d = widths
+    x, weight = draw(2, c, 9, 7), draw(d, c, 3, 3, seed=1)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [value.to(dtype).requires_grad_() for value in (x, weight)]
+        out = fast_conv.conv2d(*inputs)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        found.append([out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+    assert {name: ran.count(name) for name in ran} == {"convolve": 3, "by_input": 3, "by_weight": 3}
+    for ours, theirs in zip(*found, strict=True):
+        assert error(ours, theirs) < (2e-3 if CUDA else 1e-5)  # in TF32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [8, 48])
 def test_maps_are_enlarged_as_pytorch_does(dtype, channels):
@@ -109,12 +133,12 @@ def test_maps_are_enlarged_as_pytorch_does(dtype, channels):
     x = draw(2, channels, 5, 7).to(dtype).requires_grad_()
     expected = F.interpolate(x, scale_factor=2.0, mode="nearest")
     got = triton_enlarge.enlarge(x.detach())
-    assert torch.equal(got, expected) and got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got, expected)
+    assert got.is_contiguous(memory_format=torch.channels_last)
     g = draw(2, channels, 10, 14, seed=1).to(dtype)
     expected.backward(g)
     for layout in (torch.channels_last, torch.contiguous_format):
         assert error(triton_enlarge.gradient(g.contiguous(memory_format=layout)), x.grad.double()) < 1e-2
-
 
 
 def test_a_mean_far_from_zero_does_not_cancel_the_variance(triton_norm):

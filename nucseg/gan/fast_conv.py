@@ -8,6 +8,7 @@ convolution whose kernel is as large as the image, which took 71 % of a critic's
 are the three sides of one trilinear form <g, Y(x, w)>, so each of them is bilinear and its derivatives are the other
 two. As three `autograd.Function`s that differentiate into each other, every derivative of any order runs on the
 ordinary kernels (3.1 times faster a critic update on that H100). Unpadded, stride 1: all that Eq. 4's critics need.
+On a GPU and in channels-last, `nucseg.triton_conv` does the wide ones of 32 or 64 channels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from nucseg.norm_act import usable
 
 _STRIDE, _PADDING, _DILATION, _OUTPUT_PADDING = [1, 1], [0, 0], [1, 1], [0, 0]
 
@@ -42,13 +45,39 @@ def for_penalty() -> Iterator[None]:
         _here.penalty = False
 
 
+def _has_kernels(x: Tensor, shape: torch.Size) -> bool:
+    """Are the kernels for this tensor, and for a convolution with weights of this shape?"""
+    wide = shape[0] in (32, 64) and shape[1] in (32, 64) and tuple(shape[2:]) == (3, 3)
+    rounded = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return wide and rounded and x.numel() < 2**30 and usable(x)
+
+
 def _convolution(x: Tensor, w: Tensor) -> Tensor:
+    if _has_kernels(x, w.shape):
+        from nucseg import triton_conv
+
+        return triton_conv.convolve(x, w)
     return torch.ops.aten.convolution(x, w, None, _STRIDE, _PADDING, _DILATION, False, _OUTPUT_PADDING, 1)
 
 
-def _convolution_backward(
-    g: Tensor, x: Tensor, w: Tensor, mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _by_input(g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+    if _has_kernels(g, w.shape):
+        from nucseg import triton_conv
+
+        return triton_conv.by_input(g, w)
+    # Of the input only the shape matters; memory that nobody writes or reads costs next to nothing.
+    return _backward(g, _empty(shape, w), w, [True, False, False])[0]
+
+
+def _by_weight(g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+    if _has_kernels(x, shape):
+        from nucseg import triton_conv
+
+        return triton_conv.by_weight(g, x)
+    return _backward(g, x, _empty(shape, x), [False, True, False])[1]
+
+
+def _backward(g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return torch.ops.aten.convolution_backward(
         g, x, w, None, _STRIDE, _PADDING, _DILATION, False, _OUTPUT_PADDING, 1, mask
     )
@@ -85,8 +114,7 @@ class _X(Function):
     @staticmethod
     def forward(ctx, g, w, shape):
         ctx.save_for_backward(g, w)
-        # Of the input only the shape matters; memory that nobody writes or reads costs next to nothing.
-        return _convolution_backward(g, _empty(shape, w), w, [True, False, False])[0]
+        return _by_input(g, w, shape)
 
     @staticmethod
     def backward(ctx, h):
@@ -104,7 +132,7 @@ class _W(Function):
     @staticmethod
     def forward(ctx, g, x, shape):
         ctx.save_for_backward(g, x)
-        return _convolution_backward(g, x, _empty(shape, x), [False, True, False])[1]
+        return _by_weight(g, x, shape)
 
     @staticmethod
     def backward(ctx, v):

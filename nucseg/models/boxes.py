@@ -303,9 +303,7 @@ def sample(
     return indices.gather(1, order), is_positive.gather(1, order), is_drawn.gather(1, order)
 
 
-def batched_nms(
-    boxes: Float[Tensor, "b n 4"], threshold: float, rounds: int | None = None
-) -> Bool[Tensor, "b n"]:
+def batched_nms(boxes: Float[Tensor, "b n 4"], threshold: float, rounds: int | None = None) -> Bool[Tensor, "b n"]:
     """Greedy non-maximum suppression of many images at once; `boxes` in falling order of score.
 
     A box stays unless a box before it that stays overlaps it by more than `threshold`. Iterating that rule from "all

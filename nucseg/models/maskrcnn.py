@@ -126,7 +126,8 @@ class MaskRCNNConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a value in [0, 1], got {getattr(self, name)}")
         for name in ("fpn_channels", "box_pool", "mask_pool", "rpn_samples", "train_candidates", "train_proposals",
-                     "densest", "test_candidates", "test_proposals", "roi_samples", "mask_samples", "detections"):  # fmt: skip
+                     "test_candidates", "test_proposals", "densest", "roi_samples", "mask_samples",
+                     "detections"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
