@@ -92,12 +92,16 @@ def mirror_pair(image: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.nd
     if not any(missing):
         return image, labels
     before = [m // 2 for m in missing]
-    around = [(b, m - b) for b, m in zip(before, missing, strict=True)]
     core = tuple(slice(b, b + n) for b, n in zip(before, labels.shape, strict=True))
-    padded = np.pad(labels, around, mode="symmetric")
+    # By index, which takes a third of the time of padding: a training may start with a thousand of these.
+    rows, cols = (
+        np.pad(np.arange(n), (b, m - b), mode="symmetric")
+        for n, b, m in zip(labels.shape, before, missing, strict=True)
+    )  # fmt: skip
+    padded = labels.take(rows, 0).take(cols, 1)
     parts = connected_components(np.maximum(padded, 0), connectivity=2)
     own = np.zeros(parts.max() + 1, dtype=labels.dtype)  # the id of each part that reaches into the image itself
     own[parts[core]] = np.maximum(labels, 0)
     fresh = np.flatnonzero(own == 0)[1:]  # without the background
     own[fresh] = labels.max() + 1 + np.arange(len(fresh))
-    return np.pad(image, [*around, (0, 0)], mode="symmetric"), np.where(padded == IGNORE, IGNORE, own[parts])
+    return image.take(rows, 0).take(cols, 1), np.where(padded == IGNORE, IGNORE, own[parts])

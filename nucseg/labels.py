@@ -51,7 +51,15 @@ def check_label_map(labels: np.ndarray, name: str = "labels", unknown: bool = Fa
 def relabel(labels: np.ndarray) -> np.ndarray:
     """Renumber the ids of a label map to 1..n in their order, background and `IGNORE` kept; (H, W) int32."""
     check_label_map(labels, unknown=True)
-    values, inverse = np.unique(labels, return_inverse=True)
-    number = np.cumsum(values > 0, dtype=np.int32)
-    number[values < 0] = IGNORE
-    return number[inverse.reshape(labels.shape)]
+    largest = int(labels.max(initial=0))
+    if largest > 4 * labels.size:  # too many numbers for a table of them
+        values, labels = np.unique(labels, return_inverse=True)
+        number = np.cumsum(values > 0, dtype=np.int32)
+        number[values < 0] = IGNORE
+        return number[labels]
+    there = np.zeros(largest + 2, dtype=bool)
+    there[labels] = True  # IGNORE, which is -1, takes the last place
+    there[0] = there[-1] = False
+    number = np.cumsum(there, dtype=np.int32)
+    number[-1] = IGNORE
+    return number[labels]

@@ -76,7 +76,8 @@ class Stages:
         name = dataset or self.profile.dataset
         self.dataset = load_dataset(name, data_root or None) if isinstance(name, str) else name
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.store = Store(results or home() / "runs" / self.profile.name)
+        runs = home() / "runs"
+        self.store = Store(results) if results else Store(runs / self.profile.name, others=runs)
 
     # Each stage has two methods: one named by a participle that makes its result where it is missing, and one named by
     # a noun that reads it. Keys are computed without reading any array.

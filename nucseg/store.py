@@ -2,7 +2,8 @@
 
 A stage's key is the hash of its resolved configuration, of the keys of the results it was made from, and of the code
 that made it. A result is written beside its place and moved there when it is complete: a killed run loses the stage
-in hand and nothing else, a second run repeats nothing, and changed parameters never meet an old model.
+in hand and nothing else, a second run repeats nothing, and changed parameters never meet an old model. What another
+profile has made already, from the same of everything, is taken from there.
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ class Result:
         return self.key[:8]
 
 
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
+
+
 class OutOfTime(Exception):
     """The time is up and a stage would have to be made or finished; what was made is kept, the next start goes on."""
 
@@ -79,13 +87,16 @@ class Store:
     ----------
     root
         The folder.
+    others
+        A folder of such folders, where the same result may have been made for another profile; None: nowhere.
     deadline
         Seconds since the epoch; after it no stage is begun any more, `get` raises `OutOfTime` instead. A stage in hand
         is finished, unless it asks `check_time` itself.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, others: str | Path | None = None):
         self.root = Path(root)
+        self.others = Path(others) if others is not None else None
         self.deadline = math.inf
 
     @contextlib.contextmanager
@@ -130,11 +141,15 @@ class Store:
         place = self.root / stage / key
         if found := self._read(place):
             return found
-        self.check_time(stage)
+        elsewhere = self._elsewhere(place)
+        if not elsewhere:
+            self.check_time(stage)
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked(place.parent / f".{key}.lock"):
             if found := self._read(place):  # another process made it while this one waited
                 return found
+            if elsewhere:
+                return self._taken(elsewhere, place)
             self.check_time(stage)
             for left_over in place.parent.glob(f".{key}.*.part"):  # of a killed run: we hold the lock
                 shutil.rmtree(left_over)
@@ -167,6 +182,22 @@ class Store:
             return Result(place, place.name, json.loads((place / "meta.json").read_text()))
         except FileNotFoundError:
             return None
+
+    def _elsewhere(self, place: Path) -> Path | None:
+        """Find the same result among those of other profiles."""
+        folders = self.others.glob(f"*/{place.parent.name}/{place.name}") if self.others else ()
+        return next((folder for folder in sorted(folders) if (folder / "meta.json").is_file()), None)
+
+    def _taken(self, folder: Path, place: Path) -> Result:
+        """Put a finished result here too, as links to its files where the disk can: nobody ever changes them."""
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent))
+        try:
+            shutil.copytree(folder, part, copy_function=_link, dirs_exist_ok=True)
+            os.replace(part, place)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return self._read(place)
 
     def results(self, stage: str) -> Iterator[Result]:
         """Yield every finished result of a stage."""

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,32 @@ def test_a_changed_setting_input_or_code_makes_another_result(tmp_path, config, 
     new = store.get("masks", config, make_text("b"), inputs, code)
     assert new.key != old.key
     assert (old.path / "out.txt").read_text() == "a"
+
+
+def test_what_another_profile_has_made_is_taken_from_there(tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    made = Store(runs / "one").get("masks", {"count": 2}, make_text("a"))
+    (runs / "killed" / "masks" / made.key).mkdir(parents=True)  # without meta.json: never finished
+    other = Store(runs / "two", others=runs)
+    with other.until(-float("inf")):  # looking is enough
+        taken = other.get("masks", {"count": 2}, fail)
+    assert taken == Store(runs / "two").get("masks", {"count": 2}, fail)
+    assert taken.path == other.root / "masks" / made.key
+    assert taken.meta == made.meta
+    assert (taken.path / "out.txt").samefile(made.path / "out.txt")
+
+    def no_links(source, target):
+        raise OSError("operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    copied = Store(runs / "three", others=runs).get("masks", {"count": 2}, fail)
+    assert (copied.path / "out.txt").read_text() == "a"
+    assert not (copied.path / "out.txt").samefile(made.path / "out.txt")
+    shutil.rmtree(runs / "one")
+    assert (taken.path / "out.txt").read_text() == "a"
+    alone = Store(runs / "four")
+    with alone.until(-float("inf")), pytest.raises(OutOfTime):
+        alone.get("masks", {"count": 2}, fail)
 
 
 def test_a_stage_that_fails_leaves_nothing_behind(tmp_path):

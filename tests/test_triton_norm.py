@@ -105,7 +105,7 @@ def test_given_statistics_stay_as_they_are(triton_norm, activation):
 
 @pytest.mark.parametrize("widths", [(32, 32), (64, 32)])
 def test_convolutions_and_both_derivatives_are_those_of_double_precision(everywhere, monkeypatch, widths):
-    """By way of `fast_conv`, whose second derivatives are the same three maps."""
+    """By way of `fast_conv`, whose second derivatives are the same three maps; of other widths cuDNN does all."""
     from nucseg import triton_conv
 
     ran = []
@@ -120,7 +120,7 @@ def test_convolutions_and_both_derivatives_are_those_of_double_precision(everywh
         out = fast_conv.conv2d(*inputs)
         first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
         found.append([out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
-    assert {name: ran.count(name) for name in ran} == {"convolve": 3, "by_input": 3, "by_weight": 3}
+    assert sorted(ran) == sorted(3 * ["convolve", "by_input", "by_weight"] if widths == (32, 32) else [])
     for ours, theirs in zip(*found, strict=True):
         assert error(ours, theirs) < (2e-3 if CUDA else 1e-5)  # in TF32
 

@@ -8,7 +8,7 @@ convolution whose kernel is as large as the image, which took 71 % of a critic's
 are the three sides of one trilinear form <g, Y(x, w)>, so each of them is bilinear and its derivatives are the other
 two. As three `autograd.Function`s that differentiate into each other, every derivative of any order runs on the
 ordinary kernels (3.1 times faster a critic update on that H100). Unpadded, stride 1: all that Eq. 4's critics need.
-On a GPU and in channels-last, `nucseg.triton_conv` does the wide ones of 32 or 64 channels.
+On a GPU and in channels-last, `nucseg.triton_conv` does those from 32 channels to 32.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ def for_penalty() -> Iterator[None]:
 
 def _has_kernels(x: Tensor, shape: torch.Size) -> bool:
     """Are the kernels for this tensor, and for a convolution with weights of this shape?"""
-    wide = shape[0] in (32, 64) and shape[1] in (32, 64) and tuple(shape[2:]) == (3, 3)
     rounded = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return wide and rounded and x.numel() < 2**30 and usable(x)
+    return tuple(shape) == (32, 32, 3, 3) and rounded and x.numel() < 2**30 and usable(x)
 
 
 def _convolution(x: Tensor, w: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.preprocessing import normalize
 
 from nucseg.selection.config import SelectionConfig
-from nucseg.selection.cps import cluster
+from nucseg.selection.cps import cluster, on_device
 from nucseg.selection.features import PatchFeatures
 from nucseg.selection.selection import STRATEGIES
 from nucseg.selection.strategies import CPS_TERMS, Request
@@ -88,11 +88,12 @@ def coverage_table(
     config = config or SelectionConfig()
     names = list(strategies or [s for s in STRATEGIES if s != "cps-standardised" or content is not None])
     shared = {*CPS_TERMS, "cps-standardised"}
+    vectors = on_device(pool.features, pool.sub_features, device) if shared & set(names) else ()
     lines = []
     for seed in seeds:
         levels = None
-        if shared & set(names):
-            levels = cluster(pool.features, pool.sub_features, k1, k2, seed, config, device)
+        if vectors:
+            levels = cluster(*vectors, k1, k2, seed, config, device)
         request = Request(k1, k2, seed, config, torch.device(device), content, levels)
         for name in names:
             rows = STRATEGIES[name](pool, request).rows

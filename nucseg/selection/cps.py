@@ -82,20 +82,23 @@ def cps(
 
 
 def cluster(
-    features: np.ndarray,
-    sub_features: np.ndarray,
+    features: np.ndarray | Tensor,
+    sub_features: np.ndarray | Tensor,
     k1: int,
     k2: int,
     seed: int,
     config: SelectionConfig,
     device: str | torch.device = "cpu",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both levels of clusters and the three terms: the fields coarse, fine, terms of `CPS`, for any subset of terms."""
-    x, parts = _checked(features, "features", 2), _checked(sub_features, "sub_features", 3)
-    n, d = x.shape
+    """Both levels of clusters and the three terms: the fields coarse, fine, terms of `CPS`, for any subset of terms.
+
+    Tensors, as `on_device` returns them, spare many calls the checks and the way to the device.
+    """
+    points, parts = on_device(features, sub_features, device)
+    n, d = points.shape
     if parts.shape != (n, 4, d):
         raise ValueError(
-            f"sub_features: expected shape ({n}, 4, {d}), four sub-regions of each patch, got {parts.shape}"
+            f"sub_features: expected shape ({n}, 4, {d}), four sub-regions of each patch, got {tuple(parts.shape)}"
         )
     if not 1 <= k1 <= n:
         raise ValueError(f"k1 must lie in 1..{n} (the number of patches), got {k1}; use a smaller step or k1")
@@ -103,7 +106,6 @@ def cluster(
         raise ValueError(f"k2 must be at least 1, got {k2}")
     coarse_seed, fine_seed = config.seeds(seed)
     how = {"init": config.init, "n_init": config.n_init, "tol": config.tol}
-    points = torch.from_numpy(x).to(device)
     coarse = kmeans(points, k1, coarse_seed, max_iter=config.coarse_max_iter, **how)
     found = len(np.unique(coarse))
     if found < k1:
@@ -113,15 +115,32 @@ def cluster(
     terms = np.zeros((n, 3))
     for k in range(k1):
         members = np.flatnonzero(coarse == k)
-        own = points[torch.from_numpy(members).to(device)]
-        sub = torch.from_numpy(parts[members]).to(device)
+        rows = torch.from_numpy(members).to(points.device)
+        own, sub = points[rows], parts[rows]
         flat = sub.reshape(-1, d)
         # A small cluster may have fewer (different) sub-regions than k2: then each of them is a fine cluster.
         labels = kmeans(flat, min(k2, len(flat)), fine_seed, max_iter=config.fine_max_iter, **how)
         fine[members] = labels.reshape(-1, 4)
-        largest = torch.from_numpy(labels == np.bincount(labels).argmax()).to(device)
+        largest = torch.from_numpy(labels == np.bincount(labels).argmax()).to(points.device)
         terms[members] = _terms(own, sub, _mean(own), _mean(flat[largest]))
     return coarse, fine, terms
+
+
+def on_device(
+    features: np.ndarray | Tensor, sub_features: np.ndarray | Tensor, device: str | torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return features (n, d) and those of the sub-regions (n, 4, d) as tensors on a device, arrays checked.
+
+    Raises
+    ------
+    ValueError
+        For arrays of another number of dimensions, empty ones, and values that are not finite.
+    """
+    pairs = ((features, "features", 2), (sub_features, "sub_features", 3))
+    return tuple(
+        (value if isinstance(value, Tensor) else torch.from_numpy(_checked(value, name, ndim))).to(device)
+        for value, name, ndim in pairs
+    )
 
 
 def total(terms: np.ndarray, which: Collection[int]) -> np.ndarray:
