@@ -12,8 +12,9 @@ from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, load_profile, names
 
 PROFILES = [
-    *("h100", "h100-first", "h100-hoverlite", "h100-seeds", "paper", "sample", "sample-choices", "sample-models"),
-    *("sample-recipes", "sample-recipes-silent", "sample-seeds", "sample-teacher", "sample-teacher-silent"),
+    *("h100", "h100-first", "h100-hoverlite", "h100-hoverlite-d4", "h100-seeds", "paper", "sample", "sample-choices"),
+    *("sample-models", "sample-recipes", "sample-recipes-silent", "sample-seeds", "sample-teacher"),
+    "sample-teacher-silent",
 ]
 
 
