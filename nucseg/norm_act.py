@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,25 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from nucseg.recording import is_recording
+
 # Values from which the kernels pay where they are launched one by one: a launch from Python takes the host longer than
-# PyTorch's own takes, and small maps leave the device waiting for it.
+# PyTorch's own takes, and small maps leave the device waiting for it. A step that is recorded has no such limit.
 LARGE = 2**22
 
 ACTIVATIONS = {nn.Identity: (1.0, math.inf), nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}  # slope below 0, cap
-
-
-_recording = False
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[None]:
-    """Let the kernels take small maps as well: launches that a CUDA graph records cost the host nothing later."""
-    global _recording
-    before, _recording = _recording, True
-    try:
-        yield
-    finally:
-        _recording = before
 
 
 @functools.cache
@@ -103,7 +89,7 @@ class NormAct(nn.BatchNorm2d):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         plain = self.affine and self.track_running_stats and self.momentum is not None
-        large = x.numel() >= (0 if _recording else LARGE)
+        large = is_recording() or x.numel() >= LARGE
         if plain and large and torch.is_grad_enabled() and usable(x):
             running = self.running_mean, self.running_var
             if self.training:

@@ -40,10 +40,10 @@ from nucseg.training import train
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
 
 SELECTION_CODE = ("nucseg.selection", "nucseg.encoders")
-KERNEL_CODE = ("nucseg.norm_act", "nucseg.triton_norm", "nucseg.triton_enlarge", "nucseg.triton_conv")
+NORM_CODE = ("nucseg.norm_act", "nucseg.triton_norm", "nucseg.recording")
 MODEL_CODE = (
     *("nucseg.models", "nucseg.training", "nucseg.schedule", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
-    *("nucseg.inference", "nucseg.encoders", *KERNEL_CODE),
+    *("nucseg.inference", "nucseg.encoders", "nucseg.triton_enlarge", *NORM_CODE),
 )
 
 
@@ -216,7 +216,11 @@ class Stages:
 
         inputs = [self.selected(experiment).key, self.masked(experiment).key]
         return self.store.get(
-            "synthesis", (name, config, experiment.seed, self.device.type), make, inputs, ["nucseg.gan", *KERNEL_CODE]
+            "synthesis",
+            (name, config, experiment.seed, self.device.type),
+            make,
+            inputs,
+            ["nucseg.gan", "nucseg.triton_conv", *NORM_CODE],
         )
 
     def synthesiser(self, experiment: Experiment) -> gan.Synthesizer:

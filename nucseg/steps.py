@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nucseg.augment import AugmentConfig, augment
 from nucseg.crops import CropPool
 from nucseg.models.base import Segmenter
-from nucseg.norm_act import recording
+from nucseg.recording import recording
 from nucseg.schedule import TrainingConfig
 
 # (student, teacher, generator, share of the training done as a tensor) to loss terms on images without labels

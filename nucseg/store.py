@@ -101,7 +101,7 @@ class Store:
 
     @contextlib.contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """Begin no stage after `deadline` inside this block; ``-math.inf`` only looks up what is there."""
+        """Begin no stage after `deadline` inside this block; with ``-math.inf`` nothing is made, only looked up."""
         before, self.deadline = self.deadline, deadline
         try:
             yield
@@ -141,18 +141,19 @@ class Store:
         place = self.root / stage / key
         if found := self._read(place):
             return found
-        elsewhere = self._elsewhere(place)
-        if not elsewhere:
+        if time.time() > self.deadline and (found := self._elsewhere(place)):
+            return found
+        if not self._elsewhere(place):
             self.check_time(stage)
         place.parent.mkdir(parents=True, exist_ok=True)
         with locked(place.parent / f".{key}.lock"):
             if found := self._read(place):  # another process made it while this one waited
                 return found
-            if elsewhere:
-                return self._taken(elsewhere, place)
-            self.check_time(stage)
             for left_over in place.parent.glob(f".{key}.*.part"):  # of a killed run: we hold the lock
                 shutil.rmtree(left_over)
+            if found := self._taken(place):
+                return found
+            self.check_time(stage)
             part = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".part", dir=place.parent))
             try:
                 started = time.time()
@@ -183,20 +184,23 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def _elsewhere(self, place: Path) -> Path | None:
+    def _elsewhere(self, place: Path) -> Result | None:
         """Find the same result among those of other profiles."""
         folders = self.others.glob(f"*/{place.parent.name}/{place.name}") if self.others else ()
-        return next((folder for folder in sorted(folders) if (folder / "meta.json").is_file()), None)
+        return next((found for folder in sorted(folders) if (found := self._read(folder))), None)
 
-    def _taken(self, folder: Path, place: Path) -> Result:
-        """Put a finished result here too, as links to its files where the disk can: nobody ever changes them."""
+    def _taken(self, place: Path) -> Result | None:
+        """Put it here too, as links to its files where the disk can: nobody ever changes them."""
+        if not (found := self._elsewhere(place)):
+            return None
         part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent))
         try:
-            shutil.copytree(folder, part, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(found.path, part, copy_function=_link, dirs_exist_ok=True)
             os.replace(part, place)
-        except BaseException:
+        except FileNotFoundError:  # somebody has just removed it there
+            return None
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise
         return self._read(place)
 
     def results(self, stage: str) -> Iterator[Result]:

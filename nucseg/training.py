@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -165,6 +166,8 @@ def train(
                 progress(row)
             if checkpoint and not last:
                 checkpoint(snapshot)
+    for remark in model.remarks():
+        warnings.warn(f"{type(model).__name__}: {remark}", stacklevel=2)
     step.optimiser.zero_grad(set_to_none=True)  # gradients of a captured step would keep its memory
     if averaged:
         model.load_state_dict(averaged.module.state_dict())

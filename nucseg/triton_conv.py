@@ -1,7 +1,7 @@
 """CSinGAN's 3x3 convolutions of 32 channels, in channels-last on a GPU: kernels in Triton.
 
-The critics' convolutions are so narrow, on a few windows of a patch, that cuDNN's kernels take five to fifteen times as
-long as a copy of their arguments; most of all the gradient by the weight, a sum over all pixels that ends in a few
+The critics' convolutions are so narrow, on a few windows of a patch, that cuDNN's kernels take five to fourteen times
+as long as a copy of their arguments; most of all the gradient by the weight, a sum over all pixels that ends in a few
 thousand numbers (docs/speed.md). Here
 
 - the convolution and its gradient by the input are one kernel: a program takes a row of pixels, and adds the products

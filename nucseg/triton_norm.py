@@ -170,9 +170,10 @@ def _add_parts(parts, sums, programs, values, height: tl.constexpr, width: tl.co
 
 @triton.jit(do_not_specialize=["rows", "eights"])
 def _gradient_sums(
-    g, x, w, b, mean, r, parts, rows, eights, slope, cap, height: tl.constexpr, width: tl.constexpr
+    g, x, w, b, mean, r, dx, parts, rows, eights, slope, cap,
+    fixed: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a and of a ^x."""
+    """Sums of a and of a ^x; where the statistics are fixed and do not depend on x, dx = w r a as well."""
     channels, c, inside = _channels(eights, width)
     m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
     weight, bias = tl.load(w + c, mask=inside, other=0.0), tl.load(b + c, mask=inside, other=0.0)
@@ -182,6 +183,8 @@ def _gradient_sums(
         at, here = _places(start, c, inside, rows, channels, height)
         xn = _normalised(x, at, here, m, s)
         a = _behind(g, at, here, xn * weight[None, :] + bias[None, :], slope, cap)
+        if fixed:
+            tl.store(dx + at, (a * (weight * s)[None, :]).to(dx.dtype.element_ty), mask=here)
         sum_a += a
         sum_ax += a * xn
     place = parts + tl.program_id(0) * 2 * channels + c
@@ -204,28 +207,6 @@ def _gradient(
     a = _behind(g, at, here, xn * weight[None, :] + bias[None, :], slope, cap)
     out = (weight * s)[None, :] * (a - a1[None, :] - xn * ax[None, :])
     tl.store(dx + at, out.to(dx.dtype.element_ty), mask=here)
-
-
-@triton.jit(do_not_specialize=["rows", "eights"])
-def _fixed_gradient(
-    g, x, w, b, mean, r, dx, parts, rows, eights, slope, cap, height: tl.constexpr, width: tl.constexpr
-):  # fmt: skip
-    """w r a, where the statistics do not depend on x, and the sums of a and of a ^x."""
-    channels, c, inside = _channels(eights, width)
-    m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
-    weight, bias = tl.load(w + c, mask=inside, other=0.0), tl.load(b + c, mask=inside, other=0.0)
-    sum_a = tl.zeros((height, width), tl.float32)
-    sum_ax = tl.zeros((height, width), tl.float32)
-    for start in range(tl.program_id(0) * height, rows, tl.num_programs(0) * height):
-        at, here = _places(start, c, inside, rows, channels, height)
-        xn = _normalised(x, at, here, m, s)
-        a = _behind(g, at, here, xn * weight[None, :] + bias[None, :], slope, cap)
-        tl.store(dx + at, (a * (weight * s)[None, :]).to(dx.dtype.element_ty), mask=here)
-        sum_a += a
-        sum_ax += a * xn
-    place = parts + tl.program_id(0) * 2 * channels + c
-    tl.store(place, tl.sum(sum_a, 0), mask=inside)
-    tl.store(place + channels, tl.sum(sum_ax, 0), mask=inside)
 
 
 # -- and the gradient of that
@@ -375,13 +356,11 @@ def gradient(
     g = g.contiguous(memory_format=torch.channels_last)
     parts = norm.mean.new_empty(shape.sums[0], 2, shape.channels)
     dx = torch.empty_like(norm.x)
-    rest = shape.rows, shape.eights, slope, cap, HEIGHT, WIDTH
-    if fixed:
-        _fixed_gradient[shape.sums](g, *norm, dx, parts, *rest, num_warps=WARPS)
-        return dx, add_parts(parts)
-    _gradient_sums[shape.sums](g, *norm, parts, *rest, num_warps=WARPS)
+    rest = shape.rows, shape.eights, slope, cap
+    _gradient_sums[shape.sums](g, *norm, dx, parts, *rest, fixed, HEIGHT, WIDTH, num_warps=WARPS)
     sums = add_parts(parts)
-    _gradient[shape.tiles](g, *norm, sums, dx, *rest, num_warps=WARPS)
+    if not fixed:
+        _gradient[shape.tiles](g, *norm, sums, dx, *rest, HEIGHT, WIDTH, num_warps=WARPS)
     return dx, sums
 
 

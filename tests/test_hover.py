@@ -14,7 +14,7 @@ from nucseg.labels import IGNORE
 from nucseg.models import REGISTRY, build, config_class
 from nucseg.models.hover import HoverConfig, hover_losses, hv_targets, instances_from_maps
 from nucseg.models.hoverlite import HoverLiteConfig
-from nucseg.models.hovernet import HoverNet, HoverNetConfig
+from nucseg.models.hovernet import HoverNet, HoverNetConfig, _crop
 from nucseg.models.maps import mark_the_rest
 from nucseg.training import TrainingConfig, train
 
@@ -372,6 +372,14 @@ def test_hovernet_maps_keep_the_resolution_of_any_input():
     assert odd.shape == (1, 3, 33, 47)
     with pytest.raises(ValueError, match="a multiple of 8 plus 0"):
         model.heads(images)
+
+
+def test_the_gradient_of_a_crop_is_a_frame_of_zeros_in_the_same_layout():
+    x = torch.rand(2, 3, 6, 7, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    assert torch.equal(_crop(x, 4), x[..., 2:-2, 2:-2])
+    assert torch.autograd.gradcheck(lambda x: _crop(x, 4).square(), x)
+    (gradient,) = torch.autograd.grad(_crop(x, 2).square().sum(), x)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_hovernet_overfits_one_small_crop():

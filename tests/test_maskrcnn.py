@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from torchvision.ops import nms, roi_align
 from nucseg.config import ConfigError, from_mapping
 from nucseg.labels import IGNORE
 from nucseg.models import boxes as boxes_module
-from nucseg.models import build, maskrcnn
+from nucseg.models import build
 from nucseg.models.boxes import (
     Targets,
     batched_nms,
@@ -35,6 +37,7 @@ from nucseg.models.boxes import (
 )
 from nucseg.models.maskrcnn import MaskRCNN, MaskRCNNConfig
 from nucseg.models.painting import nms_across, paint, spans
+from nucseg.recording import recording
 
 TINY = MaskRCNNConfig(
     strides=(4, 8), anchors=((8.0, 16.0), (24.0, 32.0)), fpn_channels=16, box_widths=(32,), mask_widths=(16,),
@@ -112,24 +115,51 @@ def test_nuclei_for_whom_no_place_is_left_are_unknown():
     assert not roomy.boxes[:, 4:].any()
 
 
-def test_fixed_shapes_change_nothing_where_all_examples_are_drawn(monkeypatch):
-    """As on a GPU: places worked on for nothing, and suppression by a fixed number of rounds."""
+def test_fixed_shapes_change_nothing_where_all_examples_are_drawn():
+    """As in a recorded step: places worked on for nothing, and suppression by a fixed number of rounds."""
     everything = {"rpn_samples": 10**5, "roi_samples": 2000, "rpn_fraction": 1.0, "roi_fraction": 0.5}
     torch.manual_seed(1)
     config = dataclasses.replace(TINY, **everything, mask_samples=1000, densest=500)
     net = build("maskrcnn", "efficientnet_lite0", config, pretrained=False).train()
     images, labels = batch()
     losses = []
-    for fixed in (False, True):
-        for module in (boxes_module, maskrcnn):
-            monkeypatch.setattr(module, "shapes_are_fixed", lambda device, fixed=fixed: fixed)
+    for recorded in (False, True):
         net.zero_grad()
-        terms = net.loss(images, labels)
-        sum(terms.values()).backward()
+        with recording() if recorded else contextlib.nullcontext():
+            terms = net.loss(images, labels)
+            sum(terms.values()).backward()
         losses.append({**terms, "gradient": net.fpn.inner_blocks[0][0].weight.grad.clone()})
     assert losses[0]["mask"] > 0
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert net.remarks() == []
+
+
+def test_a_recorded_step_says_that_its_crops_are_too_full():
+    net = build("maskrcnn", "efficientnet_lite0", dataclasses.replace(TINY, densest=30), pretrained=False).train()
+    images, labels = batch()
+    with recording():
+        for _ in range(2):
+            net.loss(images, labels)
+    assert net.config.places_for((64, 64)) == 4  # and there are five nuclei
+    assert "in 2 recorded steps" in net.remarks()[0]
+    assert "crowded" not in net.state_dict()
+
+
+def test_small_crops_have_places_for_nuclei_that_their_border_cuts():
+    config = MaskRCNNConfig()
+    assert [config.places_for((side, side)) for side in (32, 64, 256, 1024)] == [13, 29, 256, 3442]
+    assert config.places_for((256, 64)) == config.places_for((64, 256)) == 86
+
+
+def test_the_anchors_of_a_recorded_step_outlive_their_cache(model):
+    """A replayed graph reads them where they were."""
+    images, labels = batch()
+    with recording():
+        model.train().loss(images, labels)
+    anchors = weakref.ref(model._anchors)
+    boxes_module._make_anchors.cache_clear()
+    assert anchors() is not None
 
 
 def test_a_batch_without_nuclei_has_empty_targets_and_a_finite_loss_with_gradient(model):
@@ -332,8 +362,10 @@ def test_offsets_equal_torchvision_and_decode_inverts_them(weights):
     torch.testing.assert_close(decode(offsets, anchors, weights), boxes, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("together", [256, 4])
 @pytest.mark.parametrize(("above", "below", "keep_best"), [(0.7, 0.3, True), (0.5, 0.5, False)])
-def test_matching_equals_torchvision_image_by_image(above, below, keep_best):
+def test_matching_equals_torchvision_image_by_image(above, below, keep_best, together, monkeypatch):
+    monkeypatch.setattr(boxes_module, "_TOGETHER", together)
     rng = np.random.default_rng(2)
     truth, candidates = random_boxes(rng, 3, 6), random_boxes(rng, 3, 200)
     candidates[:, :6] = truth + torch.tensor(rng.normal(0, 1, truth.shape), dtype=torch.float32)

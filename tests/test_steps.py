@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nucseg.augment import AugmentConfig
 from nucseg.crops import CropPool
 from nucseg.mean_teacher import MeanTeacher, MeanTeacherConfig
-from nucseg.models import boxes, build, maskrcnn
+from nucseg.models import build
 from nucseg.models.dist import DistConfig
 from nucseg.models.hoverlite import HoverLiteConfig
 from nucseg.models.hovernet import HoverNetConfig
@@ -19,6 +19,7 @@ from nucseg.models.maskrcnn import MaskRCNNConfig
 from nucseg.models.mdcnet import MDCNetConfig
 from nucseg.models.micronet import MicroNetConfig
 from nucseg.models.pffnet import DPMSFFConfig, PFFNetConfig
+from nucseg.recording import recording
 from nucseg.steps import Average, Step
 from nucseg.training import TrainingConfig, train
 
@@ -80,12 +81,6 @@ def small(name):
         return build(name, "efficientnet_lite0", config, pretrained=False)
 
 
-def as_on_a_gpu(monkeypatch):
-    """Let networks of regions work with fixed shapes, as they do wherever waiting for values is dear."""
-    for module in (boxes, maskrcnn):
-        monkeypatch.setattr(module, "shapes_are_fixed", lambda device: True)
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "taught"),
     [
@@ -100,8 +95,7 @@ def as_on_a_gpu(monkeypatch):
         ("pffnet", AugmentConfig(), False),
     ],
 )
-def test_a_step_of_fixed_shapes_never_waits_for_the_device(name, changes, taught, monkeypatch):
-    as_on_a_gpu(monkeypatch)
+def test_a_step_of_fixed_shapes_never_waits_for_the_device(name, changes, taught):
     model, data, device = small(name).train(), pairs(), torch.device("cpu")
     config = TrainingConfig(batch=2, crop=64, iterations=10, ema=0.9, precision="bf16" if taught else "fp32")
     hook = MeanTeacher([i for i, _ in data], MeanTeacherConfig(), 2, 64, changes, device) if taught else None
@@ -110,9 +104,10 @@ def test_a_step_of_fixed_shapes_never_waits_for_the_device(name, changes, taught
     average.module.eval()
     step = Step(model, pool, changes, config, torch.Generator().manual_seed(0), average, hook)
     step.optimiser = Still(model.parameters())
-    step.run()  # constants are made once
-    with NoWaiting():
-        terms = step.run()
+    with recording():
+        step.run()  # constants are made once
+        with NoWaiting():
+            terms = step.run()
     assert all(torch.isfinite(term) for term in terms.values())
 
 
@@ -130,7 +125,7 @@ def test_shapes_of_a_loss_follow_from_shapes_alone(name, crop, monkeypatch):
         model = small(name).train()
         assert model.fixed_shapes
         model.largest_id = 50
-        with NoWaiting():
+        with recording(), NoWaiting():
             terms = model.loss(torch.empty(2, 3, crop, crop), torch.empty((2, crop, crop), dtype=torch.int32))
             sum(terms.values()).backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
@@ -212,6 +207,23 @@ def test_a_replayed_step_learns_what_an_eager_one_does(optimiser, taught):
         curves[cuda_graph] = [row["total"] for row in result.curve]
     assert curves[True] == pytest.approx(curves[False], rel=0.1)
     assert len(set(curves[True])) == 12  # the rate, the crops and the weights all move on
+
+
+@pytest.mark.gpu
+def test_a_recorded_mask_rcnn_learns_the_same_while_images_of_many_shapes_are_looked_at():
+    """What the recording reads must not be given to them."""
+    curves = []
+    for sides in ((), range(40, 90)):
+
+        def look(net, sides=sides):
+            for side in sides:
+                net.predict(np.full((side, 64, 3), 200, dtype=np.uint8))
+            return 0.0
+
+        config = TrainingConfig(iterations=12, batch=4, crop=64, log_every=1, validate_every=4, cuda_graph=True)
+        result = train(small("maskrcnn").cuda(), pairs(), config, augment=STRONG, validate=look)
+        curves.append([row["total"] for row in result.curve])
+    assert curves[1] == pytest.approx(curves[0], rel=0.1)
 
 
 @pytest.mark.gpu

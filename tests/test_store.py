@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nucseg.store import OutOfTime, Store, claimed, code_version, holder, home, write_text
+from nucseg.store import OutOfTime, Result, Store, claimed, code_version, holder, home, write_text
 
 
 def make_text(text):
@@ -51,8 +51,10 @@ def test_what_another_profile_has_made_is_taken_from_there(tmp_path, monkeypatch
     made = Store(runs / "one").get("masks", {"count": 2}, make_text("a"))
     (runs / "killed" / "masks" / made.key).mkdir(parents=True)  # without meta.json: never finished
     other = Store(runs / "two", others=runs)
-    with other.until(-float("inf")):  # looking is enough
-        taken = other.get("masks", {"count": 2}, fail)
+    with other.until(-float("inf")):
+        assert other.get("masks", {"count": 2}, fail) == made  # only looked at, where it is
+    assert not (other.root / "masks").exists()
+    taken = other.get("masks", {"count": 2}, fail)
     assert taken == Store(runs / "two").get("masks", {"count": 2}, fail)
     assert taken.path == other.root / "masks" / made.key
     assert taken.meta == made.meta
@@ -65,6 +67,9 @@ def test_what_another_profile_has_made_is_taken_from_there(tmp_path, monkeypatch
     copied = Store(runs / "three", others=runs).get("masks", {"count": 2}, fail)
     assert (copied.path / "out.txt").read_text() == "a"
     assert not (copied.path / "out.txt").samefile(made.path / "out.txt")
+    lost = Store(runs / "lost", others=runs)
+    monkeypatch.setattr(lost, "_elsewhere", lambda place: Result(runs / "gone", made.key, made.meta))
+    assert lost.get("masks", {"count": 2}, make_text("b")).meta["note"] == "b"  # removed while it was taken
     shutil.rmtree(runs / "one")
     assert (taken.path / "out.txt").read_text() == "a"
     alone = Store(runs / "four")

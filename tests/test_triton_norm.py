@@ -11,6 +11,7 @@ from nucseg.gan import build, fast_conv, fast_norm, scale_training
 from nucseg.gan.csingan import CSinGANConfig
 from nucseg.models import decoder
 from nucseg.norm_act import NormAct, fuse
+from nucseg.recording import recording
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -125,20 +126,20 @@ def test_convolutions_and_both_derivatives_are_those_of_double_precision(everywh
         assert error(ours, theirs) < (2e-3 if CUDA else 1e-5)  # in TF32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("channels", [8, 48])
-def test_maps_are_enlarged_as_pytorch_does(dtype, channels):
-    from nucseg import triton_enlarge
-
-    x = draw(2, channels, 5, 7).to(dtype).requires_grad_()
-    expected = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    got = triton_enlarge.enlarge(x.detach())
-    assert torch.equal(got, expected)
-    assert got.is_contiguous(memory_format=torch.channels_last)
+def test_maps_are_enlarged_as_pytorch_does(everywhere, dtype, accuracy, channels):
+    inputs = [draw(2, channels, 5, 7).to(dtype).requires_grad_() for _ in range(3)]
+    expected = F.interpolate(inputs[0], scale_factor=2.0, mode="nearest")
     g = draw(2, channels, 10, 14, seed=1).to(dtype)
     expected.backward(g)
-    for layout in (torch.channels_last, torch.contiguous_format):
-        assert error(triton_enlarge.gradient(g.contiguous(memory_format=layout)), x.grad.double()) < 1e-2
+    for x, layout in zip(inputs[1:], (torch.channels_last, torch.contiguous_format), strict=True):
+        got = decoder.enlarge(x)
+        assert type(got.grad_fn).__name__ == "_EnlargeBackward"
+        assert torch.equal(got, expected)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        got.backward(g.contiguous(memory_format=layout))
+        assert error(x.grad, inputs[0].grad.double()) < accuracy
 
 
 def test_a_mean_far_from_zero_does_not_cancel_the_variance(triton_norm):
@@ -167,6 +168,36 @@ def test_the_module_trains_as_batch_norm_and_activation_do(everywhere, activatio
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, plain[0].state_dict()[name])
     torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("activation", [torch.nn.ReLU6, torch.nn.Identity])
+def test_the_module_trains_with_its_running_statistics_in_eval_mode(everywhere, activation):
+    """As the encoder of a Mask R-CNN with frozen statistics does."""
+    plain = torch.nn.Sequential(torch.nn.BatchNorm2d(16), activation()).to(DEVICE)
+    ours = NormAct(16, activation).to(DEVICE)
+    values = {"weight": 1, "bias": 0, "running_mean": 2, "running_var": 3}
+    state = {name: 1 + draw(16, seed=seed).abs() for name, seed in values.items()}
+    found = []
+    for norm, net in ((plain[0], plain), (ours, ours)):
+        norm.load_state_dict({**norm.state_dict(), **state})
+        x = (3 * draw(2, 16, 8, 8)).requires_grad_()
+        out = net.eval()(x)
+        out.square().sum().backward()
+        found.append([out, x.grad, norm.weight.grad, norm.bias.grad])
+        assert torch.equal(norm.running_mean, state["running_mean"])
+    assert type(found[1][0].grad_fn).__name__ == "_NormActBackward"
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), found[0][0])
+
+
+def test_in_a_recording_small_maps_take_the_kernels_too(everywhere, monkeypatch):
+    monkeypatch.setattr(norm_act, "LARGE", 2**22)
+    norm, x = NormAct(8).to(DEVICE), draw(2, 8, 4, 4).requires_grad_()
+    with recording():
+        assert type(norm(x).grad_fn).__name__ == "_NormActBackward"
+    assert type(norm(x).grad_fn).__name__ != "_NormActBackward"
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18"])

@@ -33,8 +33,8 @@ class Segmenter(nn.Module, ABC):
     Attributes
     ----------
     fixed_shapes
-        Whether every tensor of `loss` has a shape that follows from those of its arguments, and nothing waits for the
-        device: such a training step can be captured as a CUDA graph.
+        Whether, inside `nucseg.recording.recording`, every tensor of `loss` has a shape that follows from those of its
+        arguments, and nothing waits for the device: such a training step can be captured as a CUDA graph.
     largest_id
         The largest id that the label maps of `loss` can hold, where the caller knows it, as the training loop does.
         None: `loss` looks, and the host waits for the device.
@@ -59,6 +59,10 @@ class Segmenter(nn.Module, ABC):
     @abstractmethod
     def predict_instances(self, image: np.ndarray) -> Instances:
         """Segment one whole image, (H, W, 3) uint8 of any size from 32 pixels."""
+
+    def remarks(self) -> list[str]:
+        """Say what a user should know of the training data, asked once after a training; nothing by default."""
+        return []
 
     def begin(self, image: np.ndarray) -> Callable[[], Instances]:
         """Do the network's part of `predict_instances`; what is returned does the rest.

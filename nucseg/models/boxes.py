@@ -21,8 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nucseg.labels import IGNORE
+from nucseg.recording import is_recording
 
 _SMOOTH_L1_BETA = 1 / 9  # torchvision's
+_TOGETHER = 256  # nuclei that `match` compares with all candidates at a time: gigabytes in a large crop
 
 
 class Targets(NamedTuple):
@@ -31,15 +33,6 @@ class Targets(NamedTuple):
     boxes: Tensor  # (b, g, 4) float32
     valid: Tensor  # (b, g) bool: which of the g places hold a nucleus
     index: Tensor  # (b, h, w) int64: 0 = background, j + 1 = the nucleus in place j, IGNORE = unknown
-
-
-def shapes_are_fixed(device: torch.device) -> bool:
-    """Say whether shapes on this device follow from shapes alone, never from values.
-
-    On a GPU it is cheaper to work on a few places for nothing than to make the host wait until it knows which they are,
-    and only so can a step be captured. What is computed for nothing must be weighted by 0.
-    """
-    return device.type != "cpu"
 
 
 def targets_from_labels(
@@ -252,12 +245,19 @@ def match(
     `unknown` share of each candidate, one that is mostly unknown is no example of a nucleus, and one is background only
     if no nucleus that the unknown part may hide could overlap it by `below`.
     """
-    iou = pairwise_iou(targets.boxes, candidates).masked_fill_(~targets.valid[:, :, None], -1.0)
-    best, place = iou.max(dim=1)
-    positive = best >= above
-    if keep_best:
-        highest = iou.amax(dim=2, keepdim=True)
-        positive |= ((iou == highest) & (highest > 0)).any(dim=1)
+    best = candidates.new_full(candidates.shape[:2], -1.0)
+    place = torch.zeros_like(best, dtype=torch.int64)
+    kept = torch.zeros_like(best, dtype=torch.bool)
+    for first in range(0, targets.boxes.shape[1], _TOGETHER):
+        some = slice(first, first + _TOGETHER)
+        iou = pairwise_iou(targets.boxes[:, some], candidates).masked_fill_(~targets.valid[:, some, None], -1.0)
+        value, index = iou.max(dim=1)
+        better = value > best
+        best, place = torch.where(better, value, best), torch.where(better, index + first, place)
+        if keep_best:
+            highest = iou.amax(dim=2, keepdim=True)
+            kept |= ((iou == highest) & (highest > 0)).any(dim=1)
+    positive = (best >= above) | kept
     negative = (best < below) & ~positive
     if unknown is not None:
         positive, negative = positive & (unknown <= 0.5), negative & (unknown < below)
@@ -265,8 +265,12 @@ def match(
 
 
 def places(used: Bool[Tensor, "b k"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Return image and slot of the used places, or of all places where shapes are fixed."""
-    if shapes_are_fixed(used.device):
+    """Return image and slot of the used places, or on a GPU and in a recording of all places.
+
+    There it is cheaper to work on a few places for nothing than to make the host wait until it knows which they are:
+    what is computed from them must be weighted by `used`.
+    """
+    if used.is_cuda or is_recording():
         b, k = used.shape
         image = torch.arange(b, device=used.device)[:, None].expand(b, k)
         return image.reshape(-1), torch.arange(k, device=used.device).expand(b, k).reshape(-1)

@@ -249,8 +249,8 @@ def _named(parts: list[tuple[str, nn.Module]]) -> nn.Sequential:
 
 
 def _crop(x: Tensor, pixels: int) -> Tensor:
-    """Cut `pixels` off each dimension, half on each side."""
-    return _Crop.apply(x, pixels // 2, pixels - pixels // 2)
+    """Cut `pixels`, an even number, off each dimension, half on each side."""
+    return _Crop.apply(x, pixels // 2)
 
 
 class _Crop(Function):
@@ -261,13 +261,13 @@ class _Crop(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, before, after):
-        ctx.cut = before, after
-        return x[..., before : x.shape[-2] - after, before : x.shape[-1] - after]
+    def forward(ctx, x, half):
+        ctx.half = half
+        return x[..., half:-half, half:-half]
 
     @staticmethod
     def backward(ctx, g):
-        return F.pad(g, ctx.cut * 2), None, None
+        return F.pad(g, [ctx.half] * 4), None
 
 
 def _mirror(images: Tensor, pads: tuple[int, int, int, int]) -> Tensor:

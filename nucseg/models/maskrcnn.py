@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, nms, roi_align
 
 from nucseg.encoders import Pyramid
+from nucseg.labels import IGNORE
 from nucseg.models.base import Instances, Segmenter, origin
 from nucseg.models.boxes import (
     Targets,
@@ -40,14 +41,14 @@ from nucseg.models.boxes import (
     match,
     places,
     sample,
-    shapes_are_fixed,
     targets_from_labels,
     unknown_share,
 )
 from nucseg.models.heads import BoxHead, MaskHead, Norm, ProposalHead
 from nucseg.models.painting import nms_across, paint, spans
+from nucseg.recording import is_recording
 
-NMS_ROUNDS = 16  # where the host must not wait; chains of overlaps above 0.7 among the proposals are shorter
+NMS_ROUNDS = 16  # in a recorded step, which cannot ask whether it has settled; chains of overlaps above 0.7 are shorter
 RPN_WEIGHTS, BOX_WEIGHTS = (1.0, 1.0), (10.0, 5.0)  # torchvision's scaling of box offsets: (centre, log side)
 
 
@@ -93,7 +94,7 @@ class MaskRCNNConfig:
     train_proposals: int = 500
     test_candidates: int = 12000  # ... and per tile at test
     test_proposals: int = 4000
-    densest: int = 256  # nuclei in 256 x 256 px of a training crop; on a GPU, what exceeds that is unknown
+    densest: int = 256  # most nuclei of a crop of 256 x 256 px in a recorded step: what exceeds them counts as unknown
     # boxes and masks
     roi_iou: float = 0.5
     roi_samples: int = 256
@@ -132,8 +133,12 @@ class MaskRCNNConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def places_for(self, shape: tuple[int, int]) -> int:
-        """Return how many nuclei a training crop of this height and width may hold."""
-        return max(1, math.ceil(self.densest * shape[0] * shape[1] / 256**2))
+        """Return how many nuclei a training crop of this height and width may hold.
+
+        They are counted in a frame of 32 px around it, half of it outside: nuclei that the border cuts are many in a
+        small crop.
+        """
+        return math.ceil(self.densest * (shape[0] + 32) * (shape[1] + 32) / (256 + 32) ** 2)
 
 
 class Features(NamedTuple):
@@ -200,6 +205,9 @@ class MaskRCNN(Segmenter):
         self.rpn = ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
         self.box_head = BoxHead(width, config.box_pool, config.box_widths, self.norm)
         self.mask_head = self._new_mask_head()
+        self.register_buffer(
+            "crowded", torch.zeros((), dtype=torch.int64), persistent=False
+        )  # steps with too many nuclei
 
     def _new_mask_head(self) -> nn.Module:
         return MaskHead(self.config.fpn_channels, self.config.mask_widths)
@@ -212,6 +220,14 @@ class MaskRCNN(Segmenter):
                     module.eval()
         return self
 
+    def remarks(self) -> list[str]:
+        if not (steps := int(self.crowded)):
+            return []
+        return [
+            f"in {steps} recorded steps a crop held more nuclei than there are places for (densest = "
+            f"{self.config.densest} in 256 x 256 px), and the others counted as unknown: raise densest"
+        ]
+
     # -- training ------------------------------------------------------------------------------------------------
 
     def loss(self, images: Float[Tensor, "b 3 h w"], label_maps: Int[Tensor, "b h w"]) -> dict[str, Float[Tensor, ""]]:
@@ -222,12 +238,14 @@ class MaskRCNN(Segmenter):
         makes neither positive nor negative examples, and its pixels are left out of the masks.
         """
         config, scale = self.config, self.config.scale
-        fixed = shapes_are_fixed(label_maps.device)
-        most = config.places_for(label_maps.shape[-2:]) if fixed else None
+        most = config.places_for(label_maps.shape[-2:]) if is_recording() else None
         targets = targets_from_labels(label_maps, self.largest_id, most)
+        if most is not None:
+            self.crowded += ((label_maps > 0) & (targets.index == IGNORE)).any()
         scaled = targets._replace(boxes=targets.boxes * scale)
         features = self._features(images)
         logits, offsets, anchors = self._propose(features.levels)
+        self._anchors = anchors  # a recorded step reads them where they lie, and their cache may let them go
         losses = self._rpn_loss(logits, offsets, anchors, scaled)
 
         proposals, usable = self._train_proposals(logits.detach(), offsets.detach(), anchors, images.shape[-2:])
@@ -316,7 +334,7 @@ class MaskRCNN(Segmenter):
         # A diverged network's boxes would be places out of bounds, which kill a GPU's process before anybody is told.
         boxes = boxes.nan_to_num(0.0)
         boxes = clip_boxes_to_image(boxes, [round(side * config.scale) for side in shape])
-        rounds = NMS_ROUNDS if shapes_are_fixed(boxes.device) else None
+        rounds = NMS_ROUNDS if is_recording() else None
         keep = batched_nms(boxes, config.rpn_nms, rounds) & ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(dim=-1)
         score, order = score.masked_fill(~keep, -torch.inf).topk(min(config.train_proposals, score.shape[1]), dim=1)
         return boxes.gather(1, order[..., None].expand(-1, -1, 4)), score > -torch.inf

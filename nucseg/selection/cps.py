@@ -92,9 +92,10 @@ def cluster(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both levels of clusters and the three terms: the fields coarse, fine, terms of `CPS`, for any subset of terms.
 
-    Tensors, as `on_device` returns them, spare many calls the checks and the way to the device.
+    Tensors, as `on_device` returns them, spare repeated calls the checks and the way to the device; of arrays the
+    sub-regions go there one cluster at a time, since there may be more of them than fit.
     """
-    points, parts = on_device(features, sub_features, device)
+    points, parts = _tensor(features, "features", 2).to(device), _tensor(sub_features, "sub_features", 3)
     n, d = points.shape
     if parts.shape != (n, 4, d):
         raise ValueError(
@@ -115,8 +116,8 @@ def cluster(
     terms = np.zeros((n, 3))
     for k in range(k1):
         members = np.flatnonzero(coarse == k)
-        rows = torch.from_numpy(members).to(points.device)
-        own, sub = points[rows], parts[rows]
+        rows = torch.from_numpy(members)
+        own, sub = points[rows.to(points.device)], parts[rows.to(parts.device)].to(device)
         flat = sub.reshape(-1, d)
         # A small cluster may have fewer (different) sub-regions than k2: then each of them is a fine cluster.
         labels = kmeans(flat, min(k2, len(flat)), fine_seed, max_iter=config.fine_max_iter, **how)
@@ -126,21 +127,9 @@ def cluster(
     return coarse, fine, terms
 
 
-def on_device(
-    features: np.ndarray | Tensor, sub_features: np.ndarray | Tensor, device: str | torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return features (n, d) and those of the sub-regions (n, 4, d) as tensors on a device, arrays checked.
-
-    Raises
-    ------
-    ValueError
-        For arrays of another number of dimensions, empty ones, and values that are not finite.
-    """
-    pairs = ((features, "features", 2), (sub_features, "sub_features", 3))
-    return tuple(
-        (value if isinstance(value, Tensor) else torch.from_numpy(_checked(value, name, ndim))).to(device)
-        for value, name, ndim in pairs
-    )
+def on_device(features: np.ndarray, sub_features: np.ndarray, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Return features (n, d) and those of the sub-regions (n, 4, d), checked, as tensors on a device."""
+    return _tensor(features, "features", 2).to(device), _tensor(sub_features, "sub_features", 3).to(device)
 
 
 def total(terms: np.ndarray, which: Collection[int]) -> np.ndarray:
@@ -189,6 +178,10 @@ def choose(
             rows = free if len(free) else rows
         chosen.append(int(rows[np.argmin(cost[rows])]))
     return np.asarray(chosen, dtype=np.int64)
+
+
+def _tensor(values: np.ndarray | Tensor, name: str, ndim: int) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.from_numpy(_checked(values, name, ndim))
 
 
 def _checked(values: np.ndarray, name: str, ndim: int) -> np.ndarray:
