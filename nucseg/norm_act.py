@@ -1,11 +1,8 @@
-"""BatchNorm with the activation behind it: one module, and on a GPU kernels that do both (`nucseg.triton_norm`)."""
+"""BatchNorm with the activation behind it: one module, and on a GPU `nucseg.kernels.batch_norm` does both at once."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from nucseg.kernels import usable
 from nucseg.recording import is_recording
 
 # Values from which the kernels pay where they are launched one by one: a launch from Python takes the host longer than
@@ -23,39 +21,15 @@ LARGE = 2**22
 ACTIVATIONS = {nn.Identity: (1.0, math.inf), nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}  # slope below 0, cap
 
 
-@functools.cache
-def has_kernels(device: torch.device) -> bool:
-    """Does `nucseg.triton_norm` work here? It needs Triton, a C compiler, Python's headers, a GPU from Ampere on."""
-    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        from nucseg import triton_norm
-
-        x = torch.zeros(1, 8, 1, 1, device=device).contiguous(memory_format=torch.channels_last)
-        triton_norm.forward(x, x.new_ones(8), x.new_zeros(8), 1.0, math.inf, 1e-5)
-    except Exception as error:  # whatever Triton's compilation lacks: PyTorch's own kernels do without
-        warnings.warn(f"Triton's kernels cannot be used, PyTorch's slower ones are: {error}", stacklevel=2)
-        return False
-    return True
-
-
-def usable(x: Float[Tensor, "b c h w"]) -> bool:
-    """Can `nucseg.triton_norm` take this tensor?"""
-    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
-    return x.is_cuda and fits and x.is_contiguous(memory_format=torch.channels_last) and has_kernels(x.device)
-
-
 class _NormAct(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, slope, cap, eps, running, fixed):
-        from nucseg import triton_norm
+        from nucseg.kernels import batch_norm
 
         if fixed:
-            y, norm = triton_norm.forward_fixed(x, weight, bias, slope, cap, eps, *running)
+            y, norm = batch_norm.forward_fixed(x, weight, bias, slope, cap, eps, *running)
         else:
-            y, norm = triton_norm.forward(x, weight, bias, slope, cap, eps, running)
+            y, norm = batch_norm.forward(x, weight, bias, slope, cap, eps, running)
         ctx.save_for_backward(*norm)
         ctx.how = slope, cap, fixed
         return y
@@ -63,9 +37,9 @@ class _NormAct(Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        from nucseg import triton_norm
+        from nucseg.kernels import batch_norm
 
-        dx, (db, dw) = triton_norm.gradient(g, triton_norm.Norm(*ctx.saved_tensors), *ctx.how)
+        dx, (db, dw) = batch_norm.gradient(g, batch_norm.Norm(*ctx.saved_tensors), *ctx.how)
         return dx, dw, db, None, None, None, None, None
 
 

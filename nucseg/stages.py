@@ -40,10 +40,10 @@ from nucseg.training import train
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
 
 SELECTION_CODE = ("nucseg.selection", "nucseg.encoders")
-NORM_CODE = ("nucseg.norm_act", "nucseg.triton_norm", "nucseg.recording")
+KERNEL_CODE = ("nucseg.norm_act", "nucseg.recording", "nucseg.kernels")
 MODEL_CODE = (
     *("nucseg.models", "nucseg.training", "nucseg.schedule", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
-    *("nucseg.inference", "nucseg.encoders", "nucseg.triton_enlarge", *NORM_CODE),
+    *("nucseg.inference", "nucseg.encoders", *KERNEL_CODE),
 )
 
 
@@ -220,7 +220,7 @@ class Stages:
             (name, config, experiment.seed, self.device.type),
             make,
             inputs,
-            ["nucseg.gan", "nucseg.triton_conv", *NORM_CODE],
+            ["nucseg.gan", *KERNEL_CODE],
         )
 
     def synthesiser(self, experiment: Experiment) -> gan.Synthesizer:

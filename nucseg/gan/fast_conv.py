@@ -8,7 +8,7 @@ convolution whose kernel is as large as the image, which took 71 % of a critic's
 are the three sides of one trilinear form <g, Y(x, w)>, so each of them is bilinear and its derivatives are the other
 two. As three `autograd.Function`s that differentiate into each other, every derivative of any order runs on the
 ordinary kernels (3.1 times faster a critic update on that H100). Unpadded, stride 1: all that Eq. 4's critics need.
-On a GPU and in channels-last, `nucseg.triton_conv` does those from 32 channels to 32.
+On a GPU and in channels-last, `nucseg.kernels.convolution` does those from 32 channels to 32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from nucseg.norm_act import usable
+from nucseg.kernels import usable
 
 _STRIDE, _PADDING, _DILATION, _OUTPUT_PADDING = [1, 1], [0, 0], [1, 1], [0, 0]
 
@@ -53,26 +53,26 @@ def _has_kernels(x: Tensor, shape: torch.Size) -> bool:
 
 def _convolution(x: Tensor, w: Tensor) -> Tensor:
     if _has_kernels(x, w.shape):
-        from nucseg import triton_conv
+        from nucseg.kernels import convolution
 
-        return triton_conv.convolve(x, w)
+        return convolution.convolve(x, w)
     return torch.ops.aten.convolution(x, w, None, _STRIDE, _PADDING, _DILATION, False, _OUTPUT_PADDING, 1)
 
 
 def _by_input(g: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
     if _has_kernels(g, w.shape):
-        from nucseg import triton_conv
+        from nucseg.kernels import convolution
 
-        return triton_conv.by_input(g, w)
+        return convolution.by_input(g, w)
     # Of the input only the shape matters; memory that nobody writes or reads costs next to nothing.
     return _backward(g, _empty(shape, w), w, [True, False, False])[0]
 
 
 def _by_weight(g: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
     if _has_kernels(x, shape):
-        from nucseg import triton_conv
+        from nucseg.kernels import convolution
 
-        return triton_conv.by_weight(g, x)
+        return convolution.by_weight(g, x)
     return _backward(g, x, _empty(shape, x), [False, True, False])[1]
 
 

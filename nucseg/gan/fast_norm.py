@@ -18,7 +18,7 @@ and for cotangents u of dx, v of dw, t of db, where the LeakyReLU's slope is a c
              + v r (a - [a] - ^x [a ^x])
 
 The first line has the form of dx itself, so the ordinary kernel of BatchNorm's backward pass serves both derivatives.
-On a GPU and in channels-last, `nucseg.triton_norm` does all of it: nine kernels a layer in place of about thirty.
+On a GPU and in channels-last, `nucseg.kernels.batch_norm` does all of it: nine kernels a layer, not about thirty.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from nucseg.norm_act import usable
+from nucseg.kernels import usable
 
 
 def _normalised_gradient(a: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -114,9 +114,9 @@ class _FusedNormReLU(Function):
 
     @staticmethod
     def forward(ctx, x, w, b, slope, eps):
-        from nucseg import triton_norm
+        from nucseg.kernels import batch_norm
 
-        y, norm = triton_norm.forward(x, w, b, slope, math.inf, eps)
+        y, norm = batch_norm.forward(x, w, b, slope, math.inf, eps)
         ctx.save_for_backward(*norm)
         ctx.slope, ctx.eps = slope, eps
         return y
@@ -131,9 +131,9 @@ class _FusedGradient(Function):
 
     @staticmethod
     def forward(ctx, g, x, w, b, mean, r, slope, eps):
-        from nucseg import triton_norm
+        from nucseg.kernels import batch_norm
 
-        dx, sums = triton_norm.gradient(g, triton_norm.Norm(x, w, b, mean, r), slope, math.inf)
+        dx, sums = batch_norm.gradient(g, batch_norm.Norm(x, w, b, mean, r), slope, math.inf)
         ctx.save_for_backward(g, x, w, b, mean, r, sums)
         ctx.slope, ctx.eps = slope, eps
         ctx.set_materialize_grads(False)
@@ -141,13 +141,13 @@ class _FusedGradient(Function):
 
     @staticmethod
     def backward(ctx, u, v, t):
-        from nucseg import triton_norm
+        from nucseg.kernels import batch_norm
 
         _no_third()
         g, x, w, b, mean, r, sums = ctx.saved_tensors
         if v is None and t is None and u is not None:  # what a gradient penalty asks for
-            norm = triton_norm.Norm(x, w, b, mean, r)
-            found = triton_norm.second_gradient(u, g, norm, sums, ctx.slope, math.inf)
+            norm = batch_norm.Norm(x, w, b, mean, r)
+            found = batch_norm.second_gradient(u, g, norm, sums, ctx.slope, math.inf)
         else:
             y = (x - mean.view(1, -1, 1, 1)) * (w * r).view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
             a = _through_slope(g, y, ctx.slope)

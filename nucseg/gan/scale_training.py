@@ -16,7 +16,7 @@ from nucseg.gan.losses import critic_losses, generator_loss, views
 from nucseg.gan.networks import ScaleGenerator
 from nucseg.gan.pyramid_config import PyramidConfig
 from nucseg.gan.scales import image_pyramid, inputs_of, mask_pyramid, upsample, window
-from nucseg.norm_act import has_kernels
+from nucseg.kernels import available
 
 
 class TrainingData:
@@ -259,8 +259,8 @@ class ScaleTraining:
 
 
 def _layout(device: torch.device) -> torch.memory_format:
-    """What `nucseg.triton_norm` and a GPU's convolutions work in; elsewhere it gains nothing."""
-    return torch.channels_last if has_kernels(device) else torch.contiguous_format
+    """What `nucseg.kernels` and a GPU's convolutions work in; elsewhere it gains nothing."""
+    return torch.channels_last if available(device) else torch.contiguous_format
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor, net: nn.Module) -> None:

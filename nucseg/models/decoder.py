@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from nucseg.norm_act import NormAct, usable
+from nucseg.kernels import usable
+from nucseg.norm_act import NormAct
 
 
 class Decoder(nn.ModuleList):
@@ -63,16 +64,16 @@ class _Enlarge(Function):
 
     @staticmethod
     def forward(ctx, x):
-        from nucseg import triton_enlarge
+        from nucseg.kernels import enlarging
 
-        return triton_enlarge.enlarge(x)
+        return enlarging.enlarge(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        from nucseg import triton_enlarge
+        from nucseg.kernels import enlarging
 
-        return triton_enlarge.gradient(g)
+        return enlarging.gradient(g)
 
 
 def check_widths(widths: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from bench_norm import bandwidth_of_a_copy, milliseconds
 
-from nucseg import triton_conv
+from nucseg.kernels import convolution
 
 SIDES = (94, 254)
 
@@ -47,7 +47,7 @@ def main() -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda").to(memory_format=torch.channels_last)
 
-    channels = triton_conv.CHANNELS
+    channels = convolution.CHANNELS
     for side in SIDES:
         x, weight = draw(options.windows, channels, side, side), draw(channels, channels, 3, 3)
         g = draw(options.windows, channels, side - 2, side - 2)
@@ -58,15 +58,15 @@ def main() -> None:
 
         ways = {
             "forward": (
-                lambda x=x, weight=weight: triton_conv.convolve(x, weight),
+                lambda x=x, weight=weight: convolution.convolve(x, weight),
                 lambda x=x, weight=weight: torch.nn.functional.conv2d(x, weight),
             ),
             "by input": (
-                lambda g=g, weight=weight: triton_conv.by_input(g, weight),
+                lambda g=g, weight=weight: convolution.by_input(g, weight),
                 lambda theirs=theirs: theirs([True, False, False])[0],
             ),
             "by weight": (
-                lambda g=g, x=x: triton_conv.by_weight(g, x),
+                lambda g=g, x=x: convolution.by_weight(g, x),
                 lambda theirs=theirs: theirs([False, True, False])[1],
             ),
         }

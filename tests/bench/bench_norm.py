@@ -4,7 +4,7 @@
 
 For some layers of `hoverlite` on batches of 256-pixel crops in bf16 and channels-last: milliseconds of each, their
 ratio, and the share of the memory's bandwidth that ours reach, by the eight passes over the activations that they need
-(`nucseg.triton_norm`), where a copy on the same device counts as all of it.
+(`nucseg.kernels.batch_norm`), where a copy on the same device counts as all of it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ thousand numbers (docs/speed.md). Here
 Products are in TF32, as cuDNN's are where that is allowed, and sums in float32. For 64 channels the same was tried, and
 cuDNN was faster.
 
-Only for a GPU with Triton, which comes with PyTorch on Linux: see `nucseg.gan.fast_conv`.
+See `nucseg.gan.fast_conv` for where they are used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from nucseg.triton_norm import add_parts
+from nucseg.kernels.batch_norm import add_parts
 
 CHANNELS = 32  # on both sides
 PIXELS, WARPS = 64, 2  # of a program of the convolution

@@ -11,8 +11,6 @@ channel, always in the same order, and write the sums side by side: no atomic ad
 the same result. The activation is ``min(z, cap)`` above zero and ``slope * z`` below: ReLU, ReLU6, LeakyReLU, identity.
 
 In the symbols of `nucseg.gan.fast_norm`: ^x the normalised input, a the gradient behind the activation, [.] the mean.
-
-Only for a GPU with Triton, which comes with PyTorch on Linux: see `nucseg.norm_act`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 PyTorch's kernels for that took a fifteenth of a step of `hoverlite` on an H100, the ones here a fiftieth. A program
 takes a tile of the small map, rows of pixels by channels, and writes it to its four places, or adds the four of a
 gradient.
-
-Only for a GPU with Triton, which comes with PyTorch on Linux: see `nucseg.norm_act.usable`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nucseg import norm_act
+from nucseg import kernels, norm_act
 from nucseg.gan import build, fast_conv, fast_norm, scale_training
 from nucseg.gan.csingan import CSinGANConfig
 from nucseg.models import decoder
@@ -36,10 +36,10 @@ def everywhere(monkeypatch):
 
 
 @pytest.fixture
-def triton_norm():
-    from nucseg import triton_norm
+def batch_norm():
+    from nucseg.kernels import batch_norm
 
-    return triton_norm
+    return batch_norm
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -60,19 +60,19 @@ def error(ours, theirs):
     ],
 )
 def test_values_and_both_derivatives_are_those_of_double_precision(
-    triton_norm, monkeypatch, dtype, channels, activation, tile
+    batch_norm, monkeypatch, dtype, channels, activation, tile
 ):
     if not CUDA:
-        monkeypatch.setattr(triton_norm, "HEIGHT", tile[0])
-        monkeypatch.setattr(triton_norm, "PROGRAMS", tile[1])
+        monkeypatch.setattr(batch_norm, "HEIGHT", tile[0])
+        monkeypatch.setattr(batch_norm, "PROGRAMS", tile[1])
     slope, cap = ACTIVATIONS[activation]
     x, g, u = (draw(3, channels, 9, 11, seed=seed).to(dtype) for seed in range(3))
     x = (2 * x + 5).contiguous(memory_format=torch.channels_last)
     weight, bias = 1 + draw(channels, seed=3), draw(channels, seed=4)
     running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
-    y, norm = triton_norm.forward(x, weight, bias, slope, cap, 1e-5, (*running, 0.1))
-    dx, sums = triton_norm.gradient(g, norm, slope, cap)
-    second = triton_norm.second_gradient(u, g, norm, sums, slope, cap)
+    y, norm = batch_norm.forward(x, weight, bias, slope, cap, 1e-5, (*running, 0.1))
+    dx, sums = batch_norm.gradient(g, norm, slope, cap)
+    second = batch_norm.second_gradient(u, g, norm, sums, slope, cap)
 
     exact = [value.double().requires_grad_() for value in (x, weight, bias, g)]
     means = torch.zeros(channels, device=DEVICE).double(), torch.ones(channels, device=DEVICE).double()
@@ -84,18 +84,18 @@ def test_values_and_both_derivatives_are_those_of_double_precision(
     for ours, theirs in [*pairs, *zip(second, by, strict=True)]:
         assert error(ours, theirs) < (1e-5 if ours.dtype == torch.float32 else 1e-2)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    again, _ = triton_norm.forward(x, weight, bias, slope, cap, 1e-5)
+    again, _ = batch_norm.forward(x, weight, bias, slope, cap, 1e-5)
     assert torch.equal(again, y)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_given_statistics_stay_as_they_are(triton_norm, activation):
+def test_given_statistics_stay_as_they_are(batch_norm, activation):
     slope, cap = ACTIVATIONS[activation]
     x, g = 2 * draw(3, 48, 9, 11) + 5, draw(3, 48, 9, 11, seed=1)
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias, mean, var = 1 + draw(48, seed=2), draw(48, seed=3), 4 + draw(48, seed=4), 1 + draw(48, seed=5) ** 2
-    y, norm = triton_norm.forward_fixed(x, weight, bias, slope, cap, 1e-5, mean, var)
-    dx, (db, dw) = triton_norm.gradient(g, norm, slope, cap, fixed=True)
+    y, norm = batch_norm.forward_fixed(x, weight, bias, slope, cap, 1e-5, mean, var)
+    dx, (db, dw) = batch_norm.gradient(g, norm, slope, cap, fixed=True)
     exact = [value.double().requires_grad_() for value in (x, weight, bias)]
     z = F.batch_norm(exact[0], mean.double(), var.double(), *exact[1:], False, 0.0, 1e-5)
     out = torch.where(z > 0, z.clamp(max=cap), slope * z)
@@ -107,12 +107,12 @@ def test_given_statistics_stay_as_they_are(triton_norm, activation):
 @pytest.mark.parametrize("widths", [(32, 32), (64, 32)])
 def test_convolutions_and_both_derivatives_are_those_of_double_precision(everywhere, monkeypatch, widths):
     """By way of `fast_conv`, whose second derivatives are the same three maps; of other widths cuDNN does all."""
-    from nucseg import triton_conv
+    from nucseg.kernels import convolution
 
     ran = []
     for name in ("convolve", "by_input", "by_weight"):
-        work = getattr(triton_conv, name)
-        monkeypatch.setattr(triton_conv, name, lambda *a, name=name, work=work: (ran.append(name), work(*a))[1])
+        work = getattr(convolution, name)
+        monkeypatch.setattr(convolution, name, lambda *a, name=name, work=work: (ran.append(name), work(*a))[1])
     c, d = widths
     x, weight = draw(2, c, 9, 7), draw(d, c, 3, 3, seed=1)
     found = []
@@ -142,9 +142,9 @@ def test_maps_are_enlarged_as_pytorch_does(everywhere, dtype, accuracy, channels
         assert error(x.grad, inputs[0].grad.double()) < accuracy
 
 
-def test_a_mean_far_from_zero_does_not_cancel_the_variance(triton_norm):
+def test_a_mean_far_from_zero_does_not_cancel_the_variance(batch_norm):
     x = draw(2, 8, 16, 16) * 0.01 + 100
-    y, norm = triton_norm.forward(
+    y, norm = batch_norm.forward(
         x, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE), 1.0, math.inf, 1e-12
     )  # fmt: skip
     assert error(norm.r, 1 / x.double().var((0, 2, 3), unbiased=False).sqrt()) < 1e-3
@@ -239,8 +239,8 @@ def test_a_gan_trains_the_same_by_the_kernels(request):
         scales=1, channels=8, layers=3, steps=2, d_steps=1, masks_per_step=1, crop=14, cuda_graph=False, tf32=False
     )
     states = []
-    for kernels in (False, True):
-        if kernels:
+    for ours in (False, True):
+        if ours:
             request.getfixturevalue("everywhere")
         gan = build("csingan", config, DEVICE).fit([(image, labels)], labels[None, None], seed=0)
         states.append(gan.to_tensors())
@@ -249,13 +249,13 @@ def test_a_gan_trains_the_same_by_the_kernels(request):
         assert states[1][name].is_contiguous()
 
 
-def test_where_triton_cannot_compile_pytorchs_kernels_do_it(triton_norm, monkeypatch):
+def test_where_triton_cannot_compile_pytorchs_kernels_do_it(batch_norm, monkeypatch):
     def no_compiler(*arguments):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_norm, "forward", no_compiler)
+    monkeypatch.setattr(batch_norm, "forward", no_compiler)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.warns(UserWarning, match="PyTorch's slower ones"):
-        assert not norm_act.has_kernels.__wrapped__(torch.device("cuda"))
+        assert not kernels.available.__wrapped__(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not norm_act.has_kernels.__wrapped__(torch.device("cuda"))
+    assert not kernels.available.__wrapped__(torch.device("cuda"))
