@@ -12,7 +12,7 @@ from nucseg.experiments import Experiment
 from nucseg.profiles import load_profile
 from nucseg.results import RUN_COLUMNS
 from nucseg.runs import estimate as module
-from nucseg.runs.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
+from nucseg.runs.estimate import Estimate, ToGo, estimate, other_machines, shared_key, spent_minutes
 
 TINY = load_profile(Path(__file__).parent / "tiny.yaml")
 H100 = load_profile("h100")
@@ -96,8 +96,11 @@ def test_a_training_with_a_mean_teacher_is_another_measurement(place):
 
 def test_another_machine_says_nothing_about_this_one(place, monkeypatch):
     write(place, "h100", line(NAIVE, 60))
+    assert other_machines(H100) == []
     on(monkeypatch, "2 CPU cores")
     assert estimate(trainings(NAIVE), H100).unknown == ("hoverlite",)
+    assert other_machines(H100) == [GPU]
+    assert estimate(trainings(NAIVE), H100, GPU) == Estimate(60, (), "h100")
 
 
 def test_another_profile_on_the_same_kind_of_machine_stands_in_where_its_settings_are_the_same(place):

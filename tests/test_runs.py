@@ -386,3 +386,8 @@ def test_measured_runs_give_an_estimate(no_op, monkeypatch):
     assert plan.estimate().seconds == pytest.approx(3 * 90, abs=0.5)
     assert "about 4.5 minutes to go, one after another (by the runs of noop)" in plan.describe()
     assert "7.5 minutes spent" in plan.describe()
+    frame["device"] = "NVIDIA H100 80GB HBM3"
+    frame.to_csv(runs, index=False)
+    elsewhere = plan.describe()
+    assert "no estimate for hoverlite" in elsewhere
+    assert "  on NVIDIA H100 80GB HBM3: about 4.5 minutes to go, one after another (by the runs of noop)" in elsewhere

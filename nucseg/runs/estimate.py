@@ -76,32 +76,42 @@ def spent_minutes(runs: pd.DataFrame | None) -> float:
     return (runs["seconds"].sum() + sum(shared.values())) / 60
 
 
-def estimate(to_go: ToGo, profile: Profile) -> Estimate:
-    """Estimate the time of what is to go from this profile's ``runs.csv`` on a machine like this one.
+def estimate(to_go: ToGo, profile: Profile, machine: str = "") -> Estimate:
+    """Estimate the time of what is to go from this profile's ``runs.csv``.
 
     What it has not measured is taken from other profiles: trainings of the same segmenter with the same settings, by
     seconds per iteration; selection and synthesis where their settings are the same.
+
+    Parameters
+    ----------
+    machine
+        A GPU's name, or ``"CPU"``: only what was measured on such a machine counts. One like this when empty.
     """
-    known = _known(profile)
+    known = _known(profile, machine or _machine(environment()["device"]))
     wanted = [_training_kind(e, taught) for e, taught in to_go.trainings] + [_shared_kind(e) for e in to_go.shared]
     used = [known[kind] for kind in wanted if kind in known]
     unknown = tuple(dict.fromkeys(kind for kind in wanted if kind not in known))
     return Estimate(sum(s for s, _ in used), unknown, ", ".join(dict.fromkeys(name for _, name in used)))
 
 
-def _known(profile: Profile) -> dict[str, tuple[float, str]]:
+def other_machines(profile: Profile) -> list[str]:
+    """Name the kinds of machine, other than this one's, on which runs of a profile were measured."""
+    return sorted({line.machine for line in _lines(_runs_of(profile.name))} - {_machine(environment()["device"])})
+
+
+def _known(profile: Profile, machine: str) -> dict[str, tuple[float, str]]:
     """Return the median seconds of a training by segmenter, and of selections and syntheses, with whose they are."""
     known: dict[str, tuple[float, str]] = {}
     others = {path.parent.name for path in published("tables", profile.name).parent.glob("*/runs.csv")}
     for name in [profile.name, *sorted(others - {profile.name})]:
         values = defaultdict(list)
-        here = [line for line in _lines(_runs_of(name)) if line.device == _device_kind(environment()["device"])]
-        for line in here:
+        there = [line for line in _lines(_runs_of(name)) if line.machine == machine]
+        for line in there:
             segmenter = line.experiment.segmenter
             if _agree(line.training, _training_of(profile, segmenter)):
                 seconds = line.seconds / line.iterations * profile.training_of(segmenter).iterations
                 values[_training_kind(line.experiment, line.taught)].append(seconds)
-        for line in {shared_key(line.experiment): line for line in here}.values():
+        for line in {shared_key(line.experiment): line for line in there}.values():
             if name == profile.name or _same_shared_settings(profile, name, line.experiment):
                 values[_shared_kind(line.experiment)].append(line.shared)
         for kind, seconds in values.items():
@@ -116,7 +126,7 @@ class _Line:
     experiment: Experiment
     seconds: float
     shared: float
-    device: str
+    machine: str
     training: list
     iterations: int
     taught: bool
@@ -134,7 +144,7 @@ def _lines(runs: pd.DataFrame | None) -> list[_Line]:
                 Experiment(**config["experiment"]),
                 float(line.seconds),
                 float(config.get("shared_seconds", 0)),
-                _device_kind(line.device),
+                _machine(line.device),
                 _without_length(config["model"]["segmenter"], training),
                 training["iterations"],
                 "teacher" in config["model"],
@@ -162,7 +172,7 @@ def _agree(recorded: Any, present: Any) -> bool:
     return recorded == present
 
 
-def _device_kind(device: str) -> str:
+def _machine(device: str) -> str:
     """Return the kind of machine: the GPU's name, or that there is none."""
     return "CPU" if device.endswith("CPU cores") else device
 

@@ -32,7 +32,7 @@ from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs
 from nucseg.results.settings import changed, experiment_of
 from nucseg.runs import backends
-from nucseg.runs.estimate import Estimate, ToGo, estimate, shared_key, spent_minutes
+from nucseg.runs.estimate import Estimate, ToGo, estimate, other_machines, shared_key, spent_minutes
 from nucseg.runs.running import Ticket, failure_file, probe, run_one, running_file, work_on
 from nucseg.store import OutOfTime, holder, home, published, write_text
 
@@ -256,10 +256,17 @@ class Plan:
         summary = f"{self.pipeline.profile.name}, {self.pipeline.dataset.name}: {counts}"
         lines.append(f"{summary}; {spent:.1f} minutes spent on this dataset")
         if set(states.values()) - {"done"}:
-            lines.append(str(self.estimate()))
+            lines += self._estimates()
         lines += self._outdated(runs, states)
         lines += [f"  why it failed: {path}" for e in states if (path := failure_file(self.pipeline, e)).is_file()]
         return "\n".join(lines)
+
+    def _estimates(self) -> list[str]:
+        """Say how long it will take, by the runs of other machines where none like this has made any."""
+        to_go, profile = self.to_go(), self.pipeline.profile
+        here = estimate(to_go, profile)
+        others = [] if here.seconds else other_machines(profile)
+        return [str(here), *(f"  on {name}: {estimate(to_go, profile, name)}" for name in others)]
 
     def _is_ours(self, config: str) -> bool:
         made = experiment_of(config)
