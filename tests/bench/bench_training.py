@@ -265,7 +265,7 @@ def main() -> None:
 
     def add(title: str, way: str) -> None:
         base, settings = models[title][0], ways[way]
-        if "graph" in way and (not cuda or base in ("maskrcnn", "dpmsff", "pffnet")):  # nothing to capture
+        if "graph" in way and not cuda:  # nothing to capture
             return
         batch = batches.get(base, large)
         contenders[f"{title} batch {batch} {precision}, {way}"] = partial(
