@@ -205,9 +205,8 @@ class MaskRCNN(Segmenter):
         self.rpn = ProposalHead(width, len(config.anchors[0]) * len(config.ratios))
         self.box_head = BoxHead(width, config.box_pool, config.box_widths, self.norm)
         self.mask_head = self._new_mask_head()
-        self.register_buffer(
-            "crowded", torch.zeros((), dtype=torch.int64), persistent=False
-        )  # steps with too many nuclei
+        # recorded steps in which a crop held more nuclei than there were places for
+        self.register_buffer("crowded", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def _new_mask_head(self) -> nn.Module:
         return MaskHead(self.config.fpn_channels, self.config.mask_widths)
