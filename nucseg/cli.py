@@ -260,11 +260,15 @@ def train(
         str, typer.Option(help="A folder of images without outlines to learn from too: slower, mostly better.")
     ] = "",
 ) -> None:
-    """Train a segmenter on outlined patches."""
+    """Train a segmenter on outlined patches; what was stopped goes on where it was, by the same command."""
     from nucseg import workflow
     from nucseg.profiles import load_profile
 
-    result = workflow.train_folder(dataset, out, segmenter, load_profile(profile), seed, device, unlabelled)
+    try:
+        result = workflow.train_folder(dataset, out, segmenter, load_profile(profile), seed, device, unlabelled)
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. The same command goes on from there; at most the last minute is repeated.", err=True)
+        raise typer.Exit(130) from None
     typer.echo(f"{result.seconds:.0f} s, last loss {result.curve[-1]['total']:.3f}")
     typer.echo(f"Then: nucseg predict {out} IMAGES --out DIR")
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from nucseg import annotations, workflow
+from nucseg.checkpoints import Checkpoint
 from nucseg.data import load_dataset
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
@@ -167,6 +169,54 @@ def test_images_without_outlines_change_the_model_and_are_named_in_its_record(tr
     assert [Path(name).name for name in record["unlabelled"]["images"]] == list(NAMES)
     assert json.loads((tmp_path / "without" / "model.json").read_text())["unlabelled"] is None
     assert workflow.load_model(tmp_path / "with").predict(np.zeros((64, 64, 3), np.uint8)).shape == (64, 64)
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 5])  # in the first training, between the two, in the second
+def test_a_stopped_training_goes_on_to_the_same_model(training_set, slides, tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))  # seconds between two writings
+    schedule = replace(PROFILE.training_of("hoverlite"), iterations=4, log_every=1)
+    profile = replace(PROFILE, training={**PROFILE.training, "hoverlite": schedule})
+    run = partial(workflow.train_folder, training_set[0], segmenter="hoverlite", profile=profile, unlabelled=slides[0])
+    run(tmp_path / "whole")
+    rows, real = [], Checkpoint.__call__
+
+    def stop(self, snapshot):
+        rows.append(self.path)
+        if len(rows) == stop_at:
+            raise KeyboardInterrupt
+        real(self, snapshot)
+
+    monkeypatch.setattr(Checkpoint, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    run(tmp_path / "stopped")
+    assert len(rows) == 7  # three rows of each training, one of them twice
+    for name in ("model.safetensors", "model.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_other_settings_begin_anew(training_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))  # seconds between two writings
+    real = Checkpoint.__call__
+
+    def stop(self, snapshot):
+        real(self, snapshot)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "__call__", stop)
+        schedule = replace(PROFILE.training_of("hoverlite"), log_every=1)
+        profile = replace(PROFILE, training={**PROFILE.training, "hoverlite": schedule})
+        with pytest.raises(KeyboardInterrupt):
+            workflow.train_folder(training_set[0], tmp_path / "a", "hoverlite", profile, seed=1)
+    assert list((tmp_path / "a").glob(".*.state"))
+    workflow.train_folder(training_set[0], tmp_path / "a", "hoverlite", profile, seed=2)
+    workflow.train_folder(training_set[0], tmp_path / "b", "hoverlite", profile, seed=2)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    assert not list((tmp_path / "a").glob(".*"))
 
 
 def test_a_segmenter_that_cannot_be_taught_says_which_can(training_set, slides, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nucseg import annotations, models
+from nucseg.checkpoints import Checkpoint
 from nucseg.config import from_mapping, to_plain
 from nucseg.data import Sample, load_dataset
 from nucseg.inference import run_ahead, workers_for
@@ -21,7 +24,8 @@ from nucseg.models.base import Segmenter
 from nucseg.profiles import Profile
 from nucseg.progress import task
 from nucseg.selection.content import GLASS
-from nucseg.store import write_text
+from nucseg.stages import MODEL_CODE
+from nucseg.store import code_version, write_text
 from nucseg.training import TrainingConfig, TrainingResult, train
 from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json
 
@@ -39,6 +43,9 @@ def train_folder(
     unlabelled: str | Path = "",
 ) -> TrainingResult:
     """Train a segmenter on a folder of images with label maps, and write ``model.safetensors`` and ``model.json``.
+
+    What was stopped goes on where it was, by the same call: once a minute the state of the training is written to
+    ``out``, and removed at the end. Anything else asked for, other outlines or a newer nucseg begin anew.
 
     Parameters
     ----------
@@ -72,20 +79,8 @@ def train_folder(
         raise WorkflowError(f"{dataset}: no image has a label map; outline some and run 'nucseg import-annotations'")
     if not any(labels.any() for _, labels in pairs):
         raise WorkflowError(f"{dataset}: no label map holds a nucleus, so there is nothing to learn")
-    torch.manual_seed(seed)
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
-    model = models.build(segmenter, encoder, config, profile.weights.get(models.encoder_of(segmenter, encoder)))
-    schedule, where = profile.training_of(segmenter), pick_device(device)
-    result = _train(f"training {segmenter} on {len(pairs)} images", model, pairs, schedule, seed, profile, where)
-    if others:
-        views = unlabelled_views(others, UNLABELLED_PIXELS, seed)
-        teacher = MeanTeacher(views, profile.pseudo.teacher, schedule.batch, schedule.crop, profile.augment, where)
-        title = f"learning from {len(others)} images without outlines"
-        longer = replace(schedule, ema=profile.pseudo.teacher.decay)
-        result = _train(title, model, pairs, longer, seed + 1, profile, where, teacher)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, out / "model.safetensors")
+    schedule, where, out = profile.training_of(segmenter), pick_device(device), Path(out)
     record = {
         "segmenter": segmenter,
         "encoder": encoder,
@@ -97,31 +92,80 @@ def train_folder(
         else None,
         "seed": seed,
     }
+    out.mkdir(parents=True, exist_ok=True)
+    begun = _Begun(out, [record, to_plain(profile.augment), where.type, *(_stamp(sample) for sample in others)])
+    torch.manual_seed(seed)
+    model = models.build(segmenter, encoder, config, profile.weights.get(models.encoder_of(segmenter, encoder)))
+
+    def learn(title: str, schedule: TrainingConfig, seed: int, part: str, **more: MeanTeacher) -> TrainingResult:
+        checkpoint = begun.checkpoint(part)
+        with task(title, schedule.iterations) as progress:
+            return train(
+                model,
+                pairs,
+                schedule,
+                seed,
+                augment=profile.augment,
+                device=where,
+                progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.3f}"),
+                resume_from=checkpoint.read(),
+                checkpoint=checkpoint,
+                **more,
+            )
+
+    title = f"training {segmenter} on {len(pairs)} images"
+    if not others:
+        result = learn(title, schedule, seed, "labelled")
+    else:
+        if not begun.restore(model):
+            learn(title, schedule, seed, "labelled")
+            begun.keep(model)
+        views = unlabelled_views(others, UNLABELLED_PIXELS, seed)
+        teacher = MeanTeacher(views, profile.pseudo.teacher, schedule.batch, schedule.crop, profile.augment, where)
+        title = f"learning from {len(others)} images without outlines"
+        longer = replace(schedule, ema=profile.pseudo.teacher.decay)
+        result = learn(title, longer, seed + 1, "unlabelled", unlabelled=teacher)
+    _write_weights(model, out / "model.safetensors")
     write_text(out / MODEL_FILE, json.dumps(record, indent=1))
+    begun.forget()
     return result
 
 
-def _train(
-    title: str,
-    model: Segmenter,
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
-    schedule: TrainingConfig,
-    seed: int,
-    profile: Profile,
-    device: torch.device,
-    teacher: MeanTeacher | None = None,
-) -> TrainingResult:
-    with task(title, schedule.iterations) as progress:
-        return train(
-            model,
-            pairs,
-            schedule,
-            seed,
-            augment=profile.augment,
-            device=device,
-            progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.3f}"),
-            unlabelled=teacher,
-        )
+class _Begun:
+    """What a training that is not finished has left in its folder, by names that stand for all it depends on."""
+
+    def __init__(self, folder: Path, what: list):
+        what = [*what, code_version(*MODEL_CODE, "nucseg.mean_teacher", "nucseg.workflow")]
+        self.folder = folder
+        self.key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        self.first = folder / f".{self.key}.first.safetensors"  # the model between the two trainings
+
+    def checkpoint(self, part: str) -> Checkpoint:
+        return Checkpoint(self.folder / f".{self.key}.{part}.state", check_time=lambda: None)
+
+    def keep(self, model: Segmenter) -> None:
+        _write_weights(model, self.first)
+
+    def restore(self, model: Segmenter) -> bool:
+        if self.first.is_file():
+            model.load_state_dict(load_file(self.first))
+        return self.first.is_file()
+
+    def forget(self) -> None:
+        """Remove it all, and what trainings with other settings have left in this folder."""
+        for path in self.folder.glob(f".{'[0-9a-f]' * 12}.*"):
+            path.unlink(missing_ok=True)
+
+
+def _stamp(sample: Sample) -> list:
+    """Tell whether an image without outlines is still the same, without reading it."""
+    return [sample.id, *sample.shape]
+
+
+def _write_weights(model: Segmenter, path: Path) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part)
+    os.replace(part, path)
 
 
 def unlabelled_views(samples: Sequence[Sample], pixels: int, seed: int = 0, side: int = 512) -> list[np.ndarray]:
