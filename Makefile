@@ -1,6 +1,6 @@
 # make reproduce   the whole paper in small, on the built-in tissue: some minutes on two CPU cores
 # make test        the whole test suite, the five notebooks included
-# make readme      the tables in README.md and docs/results.md, from tables/*/results.csv
+# make readme      the tables in README.md, docs/runs.md and docs/results.md, from tables/*/results.csv
 # make gpu         with a CUDA device, 8 minutes: the tests marked gpu, then rates beside their peers, into OUT=FOLDER
 # make lint        ruff over modules, tests and notebooks
 # Each first makes its own virtual environment in .venv and installs nucseg there.
@@ -37,7 +37,7 @@ test: $(VENV)/tests-installed
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 -W default notebooks
 
 readme: $(VENV)/installed
-	$(BIN)/python -m nucseg.tables.summary README.md
+	$(BIN)/python -m nucseg.tables.summary README.md docs/runs.md
 	$(BIN)/python -m nucseg.tables.reading docs/results.md
 
 gpu: $(VENV)/tests-installed

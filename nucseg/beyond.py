@@ -25,7 +25,7 @@ from nucseg.results import COUNTED, EXPERIMENT, ResultsError, check_results
 from nucseg.selection import STRATEGIES
 from nucseg.stats import RankTest, friedman_nemenyi, holm, paired_tests, seed_test
 from nucseg.tables import Measured, Table, measure, one_profile
-from nucseg.tables.notes import OVER_SEEDS
+from nucseg.tables.notes import OVER_SEEDS, data_of
 
 TABLE, BUDGET = "S", "B"
 REFERENCE = "random-crop"
@@ -360,8 +360,8 @@ def _table(
         return None
     used = results[results["dataset"] == dataset]
     notes = [
-        f"Profile {used['profile'].iloc[0]}; data version {used['fingerprint'].iloc[0]}; encoder "
-        f"{used['encoder'].iloc[0]}; segmenter {strategy_experiments(dataset, settings)[0].segmenter}, "
+        f"Profile {used['profile'].iloc[0]}; {data_of(used)}; segmenter "
+        f"{strategy_experiments(dataset, settings)[0].segmenter}, "
         f"{_behind(settings)}, no synthesis{'' if settings.strategy_rounds else ' and no pseudo labels'}. Not in the "
         "paper.",
         "Difference to random crops of the same K1, paired by test image, seeds averaged first; a row with fewer seeds "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from nucseg import gan, models
 from nucseg.paper import TABLES, printed, rows
 from nucseg.selection import STRATEGIES
 
+ROOT = Path(__file__).parent.parent
 ROWS = [row for table in TABLES for row in rows(table)]
 BY_ID = {row.id: row for row in ROWS}
 
@@ -74,3 +78,18 @@ def test_only_the_first_two_rows_of_table_3_are_without_augmentation():
 def test_an_unknown_table_is_an_error_that_names_the_tables():
     with pytest.raises(ValueError, match="table: unknown name 'X'; valid names: I, II, III, IV, V, VI"):
         rows("X")
+
+
+def test_every_fact_and_resolution_that_the_code_cites_is_in_the_reference():
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"^##+ ([\d.]+\d|\d)\.? ", reference, re.MULTILINE))
+    known |= {
+        number for line in re.findall(r"^\| (A[\d, A]+) \|", reference, re.MULTILINE) for number in line.split(", ")
+    }
+    cited = set()
+    for path in (ROOT / "nucseg").rglob("*.py"):
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        cited |= set(re.findall(r"REFERENCE,? \(?(?:sections? )?(A\d+|\d(?:\.\d)?)", text))
+        cited |= {f"A{n}" for n in re.findall(r"[(,;] ?A(\d{1,2})(?=[),:;])", text)}
+    assert len(cited) > 40
+    assert not cited - known

@@ -1,4 +1,4 @@
-"""The README's table of runs says what results.csv says, and nothing else."""
+"""The tables of README.md and docs/runs.md say what results.csv says, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import pytest
 
 from nucseg.results import read_results
 from nucseg.store import published
-from nucseg.tables.summary import markdown, summary, with_summary
+from nucseg.tables.summary import headline, headline_markdown, markdown, summary, with_summary
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
-def test_the_table_in_the_readme_is_what_the_committed_results_give():
+@pytest.mark.parametrize("page", ["README.md", "docs/runs.md"])
+def test_the_table_on_a_page_is_what_the_committed_results_give(page):
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "tables", "README.md"], cwd=README.parent, capture_output=True, text=True
+        ["git", "status", "--porcelain", "--", "tables", page], cwd=ROOT, capture_output=True, text=True
     )
     if changed.returncode or changed.stdout:
         pytest.skip("tables/ is not as committed: results were measured anew here (make readme shows them)")
-    text = README.read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert with_summary(text) == text, "run: make readme"
 
 
@@ -50,13 +51,38 @@ def test_of_a_profile_without_the_papers_tables_the_strategies_are_listed():
     assert "K-means + NaiveAug, hoverlite" not in set(frame.loc[frame["profile"] == "sample-seeds", "arm"])
 
 
-def test_arms_with_one_seed_are_folded_away():
+def test_arms_with_several_seeds_come_first():
     frame = summary()
-    shown, folded = markdown(frame).split("<details>")
-    assert shown.count("\n| ") == (frame["seeds"] > 1).sum()
-    assert f"{(frame['seeds'] == 1).sum()} more arms" in folded
-    assert markdown(frame[frame["seeds"] == 1]).startswith("<details>")
-    assert "<details>" not in markdown(frame[frame["seeds"] > 1])
+    several, single = markdown(frame).split("## One seed")
+    assert several.count("\n| ") - 1 == (frame["seeds"] > 1).sum()
+    assert single.count("\n| ") - 1 == (frame["seeds"] == 1).sum()
+    assert markdown(frame[frame["seeds"] == 1]).startswith("## One seed")
+    assert "## One seed" not in markdown(frame[frame["seeds"] > 1])
+
+
+def test_the_readme_shows_each_row_of_the_paper_once_with_the_papers_segmenter_where_that_was_run():
+    frame = summary()
+    shown = headline(frame)
+    assert not shown.duplicated(["dataset", "paper's row"]).any()
+    assert set(shown["profile"]) <= {"paper", "h100", "h100-hoverlite"}
+    own = frame[(frame["profile"] == "h100") & frame["its AJI"].notna()]
+    assert len(own)
+    for _, one in own.iterrows():
+        there = shown[(shown["dataset"] == one["dataset"]) & (shown["paper's row"] == one["paper's row"])]
+        assert there["profile"].isin(["paper", "h100"]).all()
+        assert f"| {one['AJI']:.3f} |" in headline_markdown(there) or set(there["profile"]) == {"paper"}
+    assert "nan" not in headline_markdown(shown)
+
+
+def test_a_difference_stands_only_where_the_paper_had_the_same_segmenter():
+    frame = summary()
+    for _, one in frame.iterrows():
+        same = one["arm"].endswith(f", {one['its segmenter']}")
+        assert np.isnan(one["difference"]) == (not same or np.isnan(one["its AJI"]))
+        if same:
+            assert one["difference"] == pytest.approx(one["AJI"] - one["its AJI"], nan_ok=True)
+    assert frame["difference"].notna().any()
+    assert "(Mask R-CNN)" in markdown(frame[frame["its segmenter"].eq("maskrcnn") & frame["difference"].isna()])
 
 
 def test_a_printed_number_stands_only_beside_results_on_the_same_data():
@@ -77,6 +103,7 @@ def test_one_arm_stands_beside_the_same_row_of_the_paper_in_every_profile():
             assert not lines["its AJI"].notna().any() or not set(lines["paper's row"]) & set(own)
 
 
-def test_a_readme_without_the_marks_is_an_error():
-    with pytest.raises(ValueError, match="<!-- runs -->"):
-        with_summary("# nucseg")
+@pytest.mark.parametrize("text", ["# nucseg", "<!-- runs -->", "<!-- end of headline -->\n<!-- headline"])
+def test_a_page_without_the_marks_is_an_error(text):
+    with pytest.raises(ValueError, match=r"<!-- (runs|headline) -->"):
+        with_summary(text)

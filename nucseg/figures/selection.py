@@ -84,7 +84,7 @@ def figure3(
     share = (fine == largest).mean()
     middle.set_title(
         f"fine, in cluster {shown}: {len(fine):,} sub-regions\n"
-        f"in colour the largest of {fine.max() + 1} ({share:.0%}), stars: the chosen patch's",
+        f"in colour the largest of {fine.max() + 1} ({share:.0%}), stars: the choice",
         fontsize=9,
     )
     _term_bars(right, result.terms[nearest], result.terms[result.chosen], colours)

@@ -2,7 +2,7 @@
 
 Boxes are (x1, y1, x2, y2) in pixels of the image, where pixel (row r, column c) covers the square from (c, r) to
 (c + 1, r + 1): a nucleus of one pixel has a box of width 1. Every function here works on padded batches, so that a
-training step asks nothing of the host image by image (torchvision's own loops are what holds it at 71 images/s).
+training step asks nothing of the host image by image (torchvision's own loops are what holds it at 24 to 71 images/s).
 
 Deviations from torchvision, all in favour of small objects: anchors are centred on the cells of the feature map
 instead of their corners; mask targets are sampled at pixel centres (torchvision's sit half a pixel off, which is a

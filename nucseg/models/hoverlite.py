@@ -1,7 +1,7 @@
 """HoVer heads on a pretrained timm encoder with a U-Net decoder: our recommended segmenter for practice.
 
-Ours, not the paper's. HoVer-Net spends its time at full resolution; a pretrained encoder and a narrow decoder reach
-its accuracy at a fraction of the cost (REFERENCE section 8.6).
+Ours, not the paper's. HoVer-Net spends its time at full resolution; a pretrained encoder and a narrow decoder are
+meant to come near its accuracy at a fraction of the cost (REFERENCE section 8). The two have not been compared yet.
 """
 
 from __future__ import annotations

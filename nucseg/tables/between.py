@@ -19,14 +19,13 @@ from nucseg.results import ResultsError, read_results, read_runs
 from nucseg.stats import paired_tests
 from nucseg.store import published, write_text
 from nucseg.tables import formats
-from nucseg.tables.notes import OVER_SEEDS
+from nucseg.tables.notes import OVER_SEEDS, data_of
 from nucseg.tables.table import Measured, measure, named, over_seeds, paired
 
-NOTES = (
+READING = (
     "AJI: the mean over all test images for each seed, then mean ± standard deviation over the seeds that both have "
     "(all where they share none). Reference: the second. Differences are paired by test image, seeds averaged first; "
-    "95 % bootstrap interval over images, p of the paired t-test and of Wilcoxon's, uncorrected.",
-    OVER_SEEDS,
+    "95 % bootstrap interval over images, p of the paired t-test and of Wilcoxon's, uncorrected."
 )
 
 
@@ -53,7 +52,8 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     ResultsError
         If there are no results, the profiles' data differ, or no row is in both.
     """
-    (mine, my_data), (theirs, their_data) = (measured_of(profile, dataset) for profile in (first, second))
+    mine, theirs = (measured_of(profile, dataset) for profile in (first, second))
+    my_data, their_data = (_lines_of(found)["fingerprint"].iloc[0] for found in (mine, theirs))
     if my_data != their_data:
         raise ResultsError(f"{dataset}: {first} has data version {my_data}, {second} has {their_data}: not comparable")
     if reference and reference not in theirs:
@@ -70,8 +70,8 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     return pd.DataFrame(lines)
 
 
-def measured_of(profile: str, dataset: str) -> tuple[dict[str, Measured], str]:
-    """Return what a profile has results for, by row id, and the version of its data.
+def measured_of(profile: str, dataset: str) -> dict[str, Measured]:
+    """Return what a profile has results for, by row id.
 
     Raises
     ------
@@ -87,7 +87,11 @@ def measured_of(profile: str, dataset: str) -> tuple[dict[str, Measured], str]:
     runs = read_runs(path.with_name("runs.csv")) if path.with_name("runs.csv").is_file() else None
     found = {one.row.id: one for table in TABLES for one in measure(rows(table), lines, dataset, settings.grid, runs)}
     found |= {one.row.id: one for one in beyond.measured(lines, dataset, settings.grid, runs)}
-    return {name: one for name, one in found.items() if one.found}, str(lines["fingerprint"].iloc[0])
+    return {name: one for name, one in found.items() if one.found}
+
+
+def _lines_of(found: dict[str, Measured]) -> pd.DataFrame:
+    return pd.concat([one.lines for one in found.values()]).drop_duplicates()
 
 
 def _line(one: Measured, other: Measured) -> dict[str, object]:
@@ -119,5 +123,8 @@ def write(first: str, second: str, dataset: str, reference: str = "") -> tuple[P
     paths = folder / f"{file}.csv", folder / f"{file}.md"
     write_text(paths[0], frame.to_csv(index=False, float_format="%.6g"))
     shown = frame if (frame["row"] != frame["against"]).any() else frame.drop(columns="against")
-    write_text(paths[1], formats.markdown(caption, *formats.cells(shown), NOTES))
+    about = [f"{name}: {data_of(_lines_of(measured_of(profile, dataset)))}." for name, profile in
+             dict(zip(names, (first, second), strict=True)).items()]  # fmt: skip
+    notes = (*about, READING, *[OVER_SEEDS] * bool(frame["seeds p"].notna().any()))
+    write_text(paths[1], formats.markdown(caption, *formats.cells(shown), notes))
     return paths

@@ -99,8 +99,7 @@ def notes(
         found += _footnotes(dataset)
     if table == "IV":
         found += _systems(used)
-    replaced = sorted({(one.row.spec.segmenter, one.segmenter) for one in measured if "[run with" in one.label})
-    found += [f"Rows marked [run with {new}] use {new} in place of the paper's {old}." for old, new in replaced]
+    found += _replaced(measured)
     found += [TEACHERS[word] for word in TEACHERS if any(one.teacher == word for one in measured)]
     found += _same_runs(measured)
     return tuple(found)
@@ -115,11 +114,7 @@ def notes_of_all(
         made.append(f"SYNTHETIC DATA in the columns headed tissue. {SYNTHETIC_NOTE}")
     for dataset in found:
         lines = results[results["dataset"] == dataset]
-        first = lines.drop_duplicates("image_id")
-        made.append(
-            f"{named(dataset)}: data version {_all(lines['fingerprint'])}; {len(first)} test images with "
-            f"{first['n_true'].sum():,} nuclei; encoder {_all(lines['encoder'])}."
-        )
+        made.append(f"{named(dataset)}: {data_of(lines)}.")
     if missing:
         made.append(f"No results in this profile: {', '.join(missing)}.")
     made.append(
@@ -137,15 +132,20 @@ def notes_of_all(
     return (*made, *SLIPS["IV"])
 
 
+def data_of(lines: pd.DataFrame) -> str:
+    """Say what data, and which encoder, stand behind lines of results.csv of one dataset."""
+    images = lines.drop_duplicates("image_id")
+    return (
+        f"data version {_all(lines['fingerprint'])}; {len(images)} test images with {images['n_true'].sum():,} nuclei; "
+        f"encoder {_all(lines['encoder'])}"
+    )
+
+
 def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> str:
     if not len(used):
         return f"Dataset {dataset}: no results yet."
-    first = used.drop_duplicates("image_id")
     seeds = ", ".join(map(str, sorted(used["seed"].unique())))
-    text = (
-        f"Profile {_all(used['profile'])}; dataset {dataset}, data version {_all(used['fingerprint'])}; {len(first)} "
-        f"test images with {first['n_true'].sum():,} nuclei; encoder {_all(used['encoder'])}; seeds {seeds}."
-    )
+    text = f"Profile {_all(used['profile'])}; dataset {dataset}, {data_of(used)}; seeds {seeds}."
     empty = used[(used["n_true"] == 0) & (used["n_pred"] == 0)]["image_id"].nunique()
     if empty:
         text += f" {empty} image(s) without a nucleus were rightly left empty, which scores 1."
@@ -195,6 +195,16 @@ def _reference(one, measured: Sequence):
 def _other_segmenter(one, measured: Sequence) -> bool:
     reference = _reference(one, measured)
     return reference is not None and reference.segmenter != one.segmenter
+
+
+def _replaced(measured: Sequence) -> list[str]:
+    marked = [one for one in measured if "[run with" in one.label]
+    olds = {new: sorted({one.row.spec.segmenter for one in marked if one.segmenter == new}) for new in
+            sorted({one.segmenter for one in marked})}  # fmt: skip
+    return [
+        f"Rows marked [run with {new}] use {new} in place of the paper's {' and '.join(old)}."
+        for new, old in olds.items()
+    ]
 
 
 def _systems(used: pd.DataFrame) -> list[str]:

@@ -27,7 +27,7 @@ def choices() -> str:
     pilot = set(load_profile(PILOT).grid.random_seeds)
     header, found = ["patches"], {}
     for dataset in DATASETS:
-        found[dataset] = measured_of(CHOICES, dataset)[0]
+        found[dataset] = measured_of(CHOICES, dataset)
         seeds = {e.seed for e in found[dataset][f"S.{REFERENCE}"].found}
         name = DATASET_NAMES[dataset]
         header += [f"{name}, {len(seeds)} seeds", f"the {len(seeds - pilot)} that the pilot did not have", "nuclei"]
@@ -50,8 +50,8 @@ def recipes() -> str:
     """Return each strategy's AJI with a mean teacher, its gain by it, and how far it is from chance and all labels."""
     header, found, before, full = ["patches"], {}, {}, {}
     for dataset in DATASETS:
-        found[dataset] = measured_of(RECIPES, dataset)[0]
-        before[dataset], full[dataset] = measured_of(CHOICES, dataset)[0], measured_of(PILOT, dataset)[0][FULL]
+        found[dataset] = measured_of(RECIPES, dataset)
+        before[dataset], full[dataset] = measured_of(CHOICES, dataset), measured_of(PILOT, dataset)[FULL]
         header += [f"{DATASET_NAMES[dataset]}, AJI", "gain by the teacher", "over random crops", "to all labels"]
     lines = []
     for row in [*_by_score(found), FULL]:

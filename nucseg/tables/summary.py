@@ -1,12 +1,13 @@
-"""The README's table of what was run: one line per arm that has results, from the files alone.
+"""What was run, from the files alone: all arms that have results for docs/runs.md, the telling ones for README.md.
 
-Of a profile that runs some of Tables I to VI it is their arms, of others those of Tables S and B. Arms with several
-seeds come first; those with one are folded away.
+    python -m nucseg.tables.summary README.md docs/runs.md     # or: make readme
 
-    python -m nucseg.tables.summary README.md     # or: make readme
+Of a profile that runs some of Tables I to VI it is their arms, of others those of Tables S and B. The README has those
+at the paper's patch size on real images, one line for each row of the paper: with its segmenter where that was run,
+else with ours.
 
-A number of the paper stands beside ours only where it was printed for the same data; the paper's row says with which
-segmenter.
+A number of the paper stands beside ours only where it was printed for the same data, and a difference only where it was
+measured with the same segmenter.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from nucseg.results.settings import teachers
 from nucseg.store import published
 from nucseg.tables import DATASET_NAMES, Measured, measure
 
-BEGIN, END = "<!-- runs -->", "<!-- end of runs -->"
 HEADER = (
     *("profile", "data", "arm", "labelled pixels", "seeds", "AJI", "paper's row", "its AJI", "difference", "Dice"),
     "minutes a run",
 )
+NEAREST = ("paper", "h100", "h100-hoverlite")  # profiles with the paper's patch size, the nearest to it first
+SEGMENTERS = {"maskrcnn": "Mask R-CNN", "hovernet": "HoVer-Net"}
 WORDS = {
     "cps": "CPS",
     "kmeans": "K-means",
@@ -100,6 +102,7 @@ def _beyond(
                 "AJI": arm["ours AJI"],
                 "AJI sd": arm["ours AJI sd"],
                 "paper's row": "",
+                "its segmenter": "",
                 "its AJI": np.nan,
                 "difference": np.nan,
                 "Dice": arm["ours Dice"],
@@ -134,8 +137,9 @@ def _line(profile: str, dataset: str, same: list[Measured], minutes: dict[str, f
         "AJI": aji,
         "AJI sd": spread,
         "paper's row": "" if first.teacher else (printed or first.row).id,
+        "its segmenter": printed.spec.segmenter if printed else "",
         "its AJI": paper,
-        "difference": aji - paper,
+        "difference": aji - paper if printed and printed.spec.segmenter == e.segmenter else np.nan,
         "Dice": first.mean("dice")[0],
         "minutes a run": float(np.mean([minutes[run] for run in first.lines["run_id"].unique()])),
     }
@@ -150,15 +154,51 @@ def _printed(row: Row, segmenter: str, dataset: str) -> Row | None:
     return next((r for name in order for r in same if r.spec.segmenter == name), next(iter(same), None))
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """Return the summary in Markdown: the arms with several seeds, and folded away those with one."""
-    several = frame["seeds"] > 1
-    parts = [_table(frame[several])] if several.any() else []
-    if (~several).any():
-        parts.append(
-            f"<details>\n<summary>One seed each: {(~several).sum()} more arms</summary>\n\n{_table(frame[~several])}\n"
-            "\n</details>"
+def headline(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return, of a `summary`, the line nearest to each row of the paper: at its patch size, on real images."""
+    lines = frame[frame["profile"].isin(NEAREST) & frame["its AJI"].notna()]
+    order = lines["profile"].map(NEAREST.index)
+    nearest = lines.assign(order=order).sort_values("order", kind="stable")
+    return nearest.drop_duplicates(["dataset", "paper's row"]).sort_values(["dataset", "AJI"], kind="stable")
+
+
+def headline_markdown(frame: pd.DataFrame) -> str:
+    """Return these lines in Markdown, in words."""
+    head = ("data", "what the segmenter saw", "segmenter", "labelled", "seeds", "AJI", "the paper's", "minutes a run")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * 3}{'---:|' * 5}"]
+    for _, one in frame.iterrows():
+        saw, segmenter = one["arm"].rsplit(", ", 1)
+        cells = (
+            DATASET_NAMES[one["dataset"]],
+            saw,
+            SEGMENTERS.get(segmenter, segmenter),
+            f"{one['labelled pixels']:.1%}",
+            str(one["seeds"]),
+            _with_spread(one),
+            _printed_cell(one, segmenter),
+            f"{one['minutes a run']:.1f}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_spread(one: pd.Series) -> str:
+    return f"{one['AJI']:.3f}" + ("" if np.isnan(one["AJI sd"]) else f" ± {one['AJI sd']:.3f}")
+
+
+def _printed_cell(one: pd.Series, segmenter: str) -> str:
+    """Return the paper's AJI, with its segmenter where that is another one."""
+    if np.isnan(one["its AJI"]):
+        return ""
+    its = one["its segmenter"]
+    return f"{one['its AJI']:.3f}" + ("" if its == segmenter else f" ({SEGMENTERS.get(its, its)})")
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return the summary in Markdown: the arms with several seeds, and after them those with one."""
+    several = frame["seeds"] > 1
+    parts = [f"## Several seeds\n\n{_table(frame[several])}"] * bool(several.any())
+    parts += [f"## One seed\n\n{_table(frame[~several])}"] * bool((~several).any())
     return "\n\n".join(parts)
 
 
@@ -167,17 +207,16 @@ def _table(frame: pd.DataFrame) -> str:
     lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * 3}{'---:|' * 3}---|{'---:|' * 4}"]
     above = ("", "")
     for _, one in frame.iterrows():
-        spread = "" if np.isnan(one["AJI sd"]) else f" ± {one['AJI sd']:.3f}"
-        paper = ("", "") if np.isnan(one["its AJI"]) else (f"{one['its AJI']:.3f}", f"{one['difference']:+.3f}")
         here = (f"`{one['profile']}`", DATASET_NAMES.get(one["dataset"], "built-in tissue"))
         cells = (
             *("" if here == above or (i == 0 and here[0] == above[0]) else text for i, text in enumerate(here)),
             one["arm"],
             f"{one['labelled pixels']:.1%}",
             str(one["seeds"]),
-            f"{one['AJI']:.3f}{spread}",
+            _with_spread(one),
             one["paper's row"],
-            *paper,
+            _printed_cell(one, one["arm"].rsplit(", ", 1)[1]),
+            "" if np.isnan(one["difference"]) else f"{one['difference']:+.3f}",
             f"{one['Dice']:.3f}",
             f"{one['minutes a run']:.1f}",
         )
@@ -186,20 +225,30 @@ def _table(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+MARKED = {"headline": lambda: headline_markdown(headline(summary())), "runs": lambda: markdown(summary())}
+
+
 def with_summary(text: str) -> str:
-    """Return a README with the table between its two marks made anew.
+    """Return a page with the tables between their marks made anew: ``headline`` in README, ``runs`` in docs/runs.md.
 
     Raises
     ------
     ValueError
-        If a mark is missing.
+        If the page has neither pair of marks, or only half of one.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the README lacks the line {BEGIN!r} or {END!r}, between which the table of runs stands")
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{markdown(summary())}\n{END}{rest.split(END, 1)[1]}"
+    found = False
+    for name, make in MARKED.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if (begin in text) != (end in text):
+            raise ValueError(f"the page lacks the line {begin!r} or {end!r}, between which a table stands")
+        if begin in text:
+            before, rest = text.split(begin, 1)
+            text, found = f"{before}{begin}\n{make()}\n{end}{rest.split(end, 1)[1]}", True
+    if not found:
+        raise ValueError(f"the page has no mark of a table: {', '.join(f'<!-- {name} -->' for name in MARKED)}")
+    return text
 
 
 if __name__ == "__main__":
-    readme = Path(sys.argv[1])
-    readme.write_text(with_summary(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(with_summary(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -73,8 +73,9 @@ class Table:
         if not ran.any():
             return self
         frame = self.frame[ran].reset_index(drop=True).drop(columns=["ours AJI+", "ours F1", "runs"], errors="ignore")
-        rest = f"{(~ran).sum()} more rows were not run; they and " if not ran.all() else ""
-        note = f"{rest}the columns AJI+, F1 and runs are in the files of this table."
+        note = "The columns AJI+, F1 and runs are in the files of this table."
+        if not ran.all():
+            note = f"{(~ran).sum()} more rows were not run; they and the{note.removeprefix('The')}"
         return replace(self, frame=frame, notes=(*self.notes, note))
 
     def __repr__(self) -> str:
