@@ -43,6 +43,31 @@ class _NormAct(Function):
         return dx, dw, db, None, None, None, None, None
 
 
+class _NormActBeside(Function):
+    """Of x also its centre, for what passes by: one kernel then adds the gradients that come back on both ways."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, slope, cap, eps, running, border):
+        from nucseg.kernels import batch_norm
+
+        y, norm = batch_norm.forward(x, weight, bias, slope, cap, eps, running)
+        ctx.save_for_backward(*norm)
+        ctx.how = slope, cap
+        return y, _centre(x, border)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, beside):
+        from nucseg.kernels import batch_norm
+
+        dx, (db, dw) = batch_norm.gradient(g, batch_norm.Norm(*ctx.saved_tensors), *ctx.how, beside=beside)
+        return dx, dw, db, None, None, None, None, None
+
+
+def _centre(x: Tensor, border: int) -> Tensor:
+    return x[..., border:-border, border:-border] if border else x.view_as(x)
+
+
 class NormAct(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` and an activation: same parameters, same state, same result.
 
@@ -62,13 +87,8 @@ class NormAct(nn.BatchNorm2d):
         self.slope, self.cap = ACTIVATIONS[activation]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        plain = self.affine and self.track_running_stats and self.momentum is not None
-        large = is_recording() or x.numel() >= LARGE
-        if plain and large and torch.is_grad_enabled() and usable(x):
-            running = self.running_mean, self.running_var
-            if self.training:
-                self.num_batches_tracked.add_(1)
-                running = *running, self.momentum
+        if self._by_kernels(x):
+            running = self._running() if self.training else (self.running_mean, self.running_var)
             how = self.slope, self.cap, self.eps, running, not self.training
             return _NormAct.apply(x, self.weight, self.bias, *how)
         y = super().forward(x)
@@ -76,8 +96,47 @@ class NormAct(nn.BatchNorm2d):
             return y
         return F.relu(y, inplace=True) if self.cap == math.inf else F.hardtanh(y, 0.0, self.cap, inplace=True)
 
+    def beside(self, x: Float[Tensor, "b c h w"], border: int = 0) -> tuple[Tensor, Tensor]:
+        """Return ``self(x)``, and x without `border` pixels on each side, as a residual or dense unit needs them.
+
+        The two gradients by x are then added as they are made; a sum of its own takes three passes over memory.
+        """
+        if self.training and self._by_kernels(x):
+            how = self.slope, self.cap, self.eps, self._running(), border
+            return _NormActBeside.apply(x, self.weight, self.bias, *how)
+        return self(x), crop(x, border)
+
+    def _by_kernels(self, x: Tensor) -> bool:
+        plain = self.affine and self.track_running_stats and self.momentum is not None
+        large = is_recording() or x.numel() >= LARGE
+        return plain and large and torch.is_grad_enabled() and usable(x)
+
+    def _running(self) -> tuple[Tensor, Tensor, float]:
+        self.num_batches_tracked.add_(1)
+        return self.running_mean, self.running_var, self.momentum
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation.__name__}"
+
+
+def crop(x: Float[Tensor, "b c h w"], border: int) -> Float[Tensor, "b c p q"]:
+    """Return x without `border` pixels on each side: a view whose gradient lies in memory as the gradient behind it.
+
+    That of a slice is laid out anew, in rows of one channel, and a sum of the two layouts takes a GPU five times as
+    long as a sum of equal ones.
+    """
+    return _Crop.apply(x, border) if border else x
+
+
+class _Crop(Function):
+    @staticmethod
+    def forward(ctx, x, border):
+        ctx.border = border
+        return _centre(x, border)
+
+    @staticmethod
+    def backward(ctx, g):
+        return F.pad(g, [ctx.border] * 4), None
 
 
 def fuse(net: nn.Module) -> nn.Module:

@@ -84,6 +84,7 @@ class Pipeline(Stages):
                 "pairs": trained["pairs"],
                 "initialised_from": trained["initialised_from"],
                 "validation_aji": trained["validation_aji"],
+                "recorded_gpu_mb": trained.get("recorded_gpu_mb"),  # not known of older results
                 "shared_seconds": sum(result.meta["seconds"] for result in shared),
             }
             lines.append(

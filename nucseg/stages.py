@@ -319,6 +319,7 @@ class Stages:
                 "validation_aji": result.curve[-1].get("val"),
                 "pairs": {kind: len(group) for kind, group in groups.items()},
                 "peak_gpu_mb": result.peak_memory // 2**20 or None,
+                "recorded_gpu_mb": result.recorded_memory // 2**20,
                 "initialised_from": model.initialised_from,
             }
 

@@ -37,6 +37,8 @@ class Step:
         The loss terms of the last step, on the device; overwritten by the next one.
     captured
         Whether steps are replayed from a CUDA graph.
+    recorded
+        Bytes that the graph holds for itself, which count as unused by the allocator's statistics.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Step:
         self.optimiser = make_optimiser(model, config)
         self.watch = DivergenceWatch(self.device, done)
         self.terms: dict[str, Tensor] = {}
+        self.recorded = 0
         self._graph: Any = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._eager_left = _WARM_UP if config.cuda_graph and self._can_be_captured() else -1
 
     def _can_be_captured(self) -> bool:
@@ -78,7 +82,7 @@ class Step:
             self._graph.replay()
         elif self._eager_left > 0:
             self._eager_left -= 1
-            with _beside(self.device), self._convolutions(), recording():
+            with _beside(self._stream), self._convolutions(), recording():
                 self.terms = self.run()
         else:
             with self._convolutions():
@@ -115,14 +119,17 @@ class Step:
         return _fastest_convolutions() if self.config.benchmark else contextlib.nullcontext()
 
     def _capture(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        before = self._room_for_a_recording()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        self.optimiser.zero_grad(set_to_none=True)
         try:
             # Convolutions have been tried out in the warm-up; here their choice is only looked up.
-            with self._convolutions(), recording(), torch.cuda.graph(graph):
+            with self._convolutions(), recording(), torch.cuda.graph(graph, stream=self._stream):
                 self.terms = self.run()
-            self._graph = graph
+            self._graph, self.recorded = graph, torch.cuda.memory_reserved(self.device) - before
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if isinstance(error.__context__, torch.OutOfMemoryError):  # the end of a broken capture complains as well
                 raise error.__context__ from None
@@ -131,15 +138,35 @@ class Step:
                 "set cuda_graph to false"
             ) from error
 
+    def _room_for_a_recording(self) -> int:
+        """Return the bytes that the allocator keeps before a recording.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If the recording would not fit, by the peak of the steps so far: one that runs out of memory half-way can
+            leave the process without its GPU.
+        """
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        need = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if need > free:
+            name = type(self.model).__name__
+            raise torch.OutOfMemoryError(
+                f"{name}: recording a step as a CUDA graph takes {need / 2**20:,.0f} MB of GPU memory beside what the "
+                f"training holds, and {free / 2**20:,.0f} are free; lower batch, or set cuda_graph to false"
+            )
+        return torch.cuda.memory_reserved(self.device)
+
 
 @contextlib.contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own, as what comes before a capture must."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run on another stream, as what comes before a capture must; always the same one, which finds its memory again."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
 @contextlib.contextmanager

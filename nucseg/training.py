@@ -38,7 +38,8 @@ class TrainingResult(NamedTuple):
     best_state: dict[str, Tensor]  # that model's state, on the CPU
     seconds: float  # all of it, those before a resumption too
     seconds_before: float  # of earlier runs that this one went on from
-    peak_memory: int  # bytes on the device once the first steps are over; 0 on the CPU
+    peak_memory: int  # bytes on the device once the first steps are over, the recording's too; 0 on the CPU
+    recorded_memory: int  # bytes of the recording alone; 0 where steps were not recorded
 
 
 def train(
@@ -172,8 +173,9 @@ def train(
     if averaged:
         model.load_state_dict(averaged.module.state_dict())
     model.eval()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return TrainingResult(curve, best_iteration, best_state, time.perf_counter() - began, seconds, peak)
+    peak = torch.cuda.max_memory_allocated(device) + step.recorded if device.type == "cuda" else 0
+    taken = time.perf_counter() - began
+    return TrainingResult(curve, best_iteration, best_state, taken, seconds, peak, step.recorded)
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

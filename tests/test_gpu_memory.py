@@ -37,6 +37,16 @@ def test_the_need_is_the_highest_peak_of_that_segmenter_with_a_margin():
     assert needed(None, "hoverlite") == UNKNOWN_MB
 
 
+def test_a_peak_that_does_not_count_its_recording_says_nothing():
+    lines = runs(("hoverlite", 1_200), ("hoverlite", 4_000), ("hoverlite", 2_000))
+    schedule = {"model": {"training": [{"cuda_graph": True}]}}
+    more = (schedule, schedule | {"recorded_gpu_mb": 3_000}, {"recorded_gpu_mb": None})
+    lines["config"] = [json.dumps(json.loads(c) | m) for c, m in zip(lines["config"], more, strict=True)]
+    assert needed(lines[:1], "hoverlite") == UNKNOWN_MB
+    assert needed(lines[:2], "hoverlite") == MARGIN * 4_000 + CONTEXT_MB
+    assert needed(lines[2:], "hoverlite") == MARGIN * 2_000 + CONTEXT_MB  # not recorded at all
+
+
 def test_generators_that_train_at_once_need_memory_each():
     windows = [of_synthesis(CSinGANConfig(crop=crop), 9, 256) for crop in (96, None)]
     # Counted tensors of one generator's step, in MB.
@@ -151,6 +161,18 @@ def test_out_of_memory_is_tried_once_more_alone(gpu):
     assert sorted(first) == [1_000, 2_000]
     assert second == [float("inf")]
     assert (freed_before, freed_after) == ([], ["freed"])
+
+
+def test_out_of_memory_that_has_cost_the_gpu_is_not_tried_again(tmp_path):
+    tries = []
+
+    def work():
+        tries.append(1)
+        raise torch.OutOfMemoryError("half-way through a recording")
+
+    with pytest.raises(torch.OutOfMemoryError, match="half-way"):
+        gpu_memory.run(work, 1, Gpu(tmp_path, lambda: (TOTAL, TOTAL), lambda: False))
+    assert len(tries) == 1
 
 
 def test_out_of_memory_twice_is_an_error_and_other_errors_are_not_retried(gpu):

@@ -14,8 +14,9 @@ from nucseg.labels import IGNORE
 from nucseg.models import REGISTRY, build, config_class
 from nucseg.models.hover import HoverConfig, hover_losses, hv_targets, instances_from_maps
 from nucseg.models.hoverlite import HoverLiteConfig
-from nucseg.models.hovernet import HoverNet, HoverNetConfig, _crop
+from nucseg.models.hovernet import HoverNet, HoverNetConfig, _Grouped
 from nucseg.models.maps import mark_the_rest
+from nucseg.norm_act import crop
 from nucseg.training import TrainingConfig, train
 
 SMALL = HoverLiteConfig(widths=(16, 16, 8, 8), frozen=2, inference=InferenceConfig(tile=128, overlap=32))
@@ -376,10 +377,20 @@ def test_hovernet_maps_keep_the_resolution_of_any_input():
 
 def test_the_gradient_of_a_crop_is_a_frame_of_zeros_in_the_same_layout():
     x = torch.rand(2, 3, 6, 7, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
-    assert torch.equal(_crop(x, 4), x[..., 2:-2, 2:-2])
-    assert torch.autograd.gradcheck(lambda x: _crop(x, 4).square(), x)
-    (gradient,) = torch.autograd.grad(_crop(x, 2).square().sum(), x)
+    assert torch.equal(crop(x, 2), x[..., 2:-2, 2:-2])
+    assert torch.autograd.gradcheck(lambda x: crop(x, 2).square(), x)
+    (gradient,) = torch.autograd.grad(crop(x, 1).square().sum(), x)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_groups_are_one_convolution_with_zeros_between_them():
+    grouped = _Grouped(8, 6, 3, groups=2, bias=False).double()
+    x = torch.randn(2, 8, 6, 7, dtype=torch.float64, requires_grad=True)
+    by = (x, grouped.weight)
+    outs = grouped(x), torch.nn.functional.conv2d(x, grouped.dense_weight())
+    assert torch.allclose(*outs)
+    for ours, theirs in zip(*(torch.autograd.grad(out.square().sum(), by) for out in outs), strict=True):
+        assert torch.allclose(ours, theirs)
 
 
 def test_hovernet_overfits_one_small_crop():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nucseg import kernels, norm_act
 from nucseg.gan import build, fast_conv, fast_norm, scale_training
 from nucseg.gan.csingan import CSinGANConfig
-from nucseg.models import decoder
+from nucseg.models import decoder, hovernet
 from nucseg.norm_act import NormAct, fuse
 from nucseg.recording import recording
 
@@ -114,7 +114,11 @@ def test_convolutions_and_both_derivatives_are_those_of_double_precision(everywh
         work = getattr(convolution, name)
         monkeypatch.setattr(convolution, name, lambda *a, name=name, work=work: (ran.append(name), work(*a))[1])
     c, d = widths
-    x, weight = draw(2, c, 9, 7), draw(d, c, 3, 3, seed=1)
+    # More shares of pixels than programs, so that each takes several.
+    monkeypatch.setattr(convolution, "PROGRAMS", convolution.PROGRAMS if CUDA else 1)
+    side = 60 if CUDA else 15
+    x, weight = draw(2, c, side, side - 2), draw(d, c, 3, 3, seed=1)
+    assert 2 * (side - 2) * (side - 4) > convolution.PROGRAMS * convolution.SHARE
     found = []
     for dtype in (torch.float32, torch.float64):
         inputs = [value.to(dtype).requires_grad_() for value in (x, weight)]
@@ -123,7 +127,7 @@ def test_convolutions_and_both_derivatives_are_those_of_double_precision(everywh
         found.append([out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
     assert sorted(ran) == sorted(3 * ["convolve", "by_input", "by_weight"] if widths == (32, 32) else [])
     for ours, theirs in zip(*found, strict=True):
-        assert error(ours, theirs) < (2e-3 if CUDA else 1e-5)  # in TF32
+        assert error(ours, theirs) < (4e-3 if CUDA else 1e-5)  # Triton cuts arguments to TF32 and does not round them
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
@@ -190,6 +194,32 @@ def test_the_module_trains_with_its_running_statistics_in_eval_mode(everywhere, 
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), found[0][0])
+
+
+@pytest.mark.parametrize("block", ["residual", "dense"])
+def test_gradients_that_meet_before_a_normalisation_are_added_by_its_kernel(everywhere, monkeypatch, block):
+    """In one pass, whether the other one comes from all of x, from its centre or from a slice of its channels."""
+    from nucseg.kernels import batch_norm
+
+    added, work = [], batch_norm.gradient
+    monkeypatch.setattr(
+        batch_norm, "gradient", lambda *a, **k: (added.append(k.get("beside") is not None), work(*a, **k))[1]
+    )
+    torch.manual_seed(0)
+    net = hovernet._Residual(16, (8, 8, 32), 3, 1) if block == "residual" else hovernet._Dense(16, 3, 3)
+    net = net.train().to(DEVICE, memory_format=torch.channels_last)
+    state, found = net.state_dict(), []
+    for dtype in (torch.float32, torch.float64):
+        net = net.to(dtype)
+        net.load_state_dict(state)
+        net.zero_grad()
+        x = draw(2, 16, 12, 11, dtype=torch.float64).to(dtype).requires_grad_()
+        out = net(x)
+        (out * draw(*out.shape, seed=1, dtype=torch.float64).to(dtype)).sum().backward()
+        found.append([out, x.grad, *(p.grad.clone() for p in net.parameters())])
+    assert sum(added) == (2 if block == "residual" else 3)
+    for ours, theirs in zip(*found, strict=True):
+        assert error(ours, theirs) < (5e-3 if CUDA else 1e-5)  # convolutions in TF32
 
 
 def test_in_a_recording_small_maps_take_the_kernels_too(everywhere, monkeypatch):

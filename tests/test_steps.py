@@ -209,6 +209,37 @@ def test_a_replayed_step_learns_what_an_eager_one_does(optimiser, taught):
     assert len(set(curves[True])) == 12  # the rate, the crops and the weights all move on
 
 
+@pytest.mark.parametrize(("free", "fits"), [(500, True), (499, False)])
+def test_a_recording_that_would_not_fit_is_not_begun(monkeypatch, free, fits):
+    """Half-way it would cost the process its GPU. What it needs is what the steps before it needed at most."""
+    readings = {"max_memory_allocated": 800, "memory_allocated": 300, "memory_reserved": 350}
+    for name, value in readings.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value * 2**20)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**20, 900 * 2**20))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    config = TrainingConfig(batch=2, crop=64)
+    pool = CropPool(pairs(), 64, torch.device("cpu"))
+    step = Step(small("hoverlite"), pool, None, config, torch.Generator(), None, None)
+    if fits:
+        assert step._room_for_a_recording() == 350 * 2**20
+    else:
+        with pytest.raises(torch.OutOfMemoryError, match=r"HoverLite: recording a step .* 500 MB .* 499 are free"):
+            step._room_for_a_recording()
+
+
+@pytest.mark.gpu
+def test_a_recorded_training_says_what_it_takes():
+    """The allocator counts a graph's memory as unused; others must not believe that."""
+    taken = []
+    for cuda_graph in (False, True):
+        config = TrainingConfig(iterations=8, batch=4, crop=128, log_every=4, cuda_graph=cuda_graph)
+        result = train(small("hoverlite").cuda(), pairs(), config, augment=STRONG)
+        assert (result.recorded_memory > 0) == cuda_graph
+        taken.append(result.peak_memory)
+    assert taken[1] > 0.8 * taken[0]
+
+
 @pytest.mark.gpu
 def test_a_recorded_mask_rcnn_learns_the_same_while_images_of_many_shapes_are_looked_at():
     """What the recording reads must not be given to them."""

@@ -28,6 +28,8 @@ def available(device: torch.device) -> bool:
 
         x = torch.zeros(1, 8, 1, 1, device=device).contiguous(memory_format=torch.channels_last)
         batch_norm.forward(x, x.new_ones(8), x.new_zeros(8), 1.0, math.inf, 1e-5)
+    except torch.OutOfMemoryError:
+        raise  # others have filled the GPU: that says nothing about the kernels
     except Exception as error:  # whatever Triton's compilation lacks: PyTorch's own kernels do without
         warnings.warn(f"Triton's kernels cannot be used, PyTorch's slower ones are: {error}", stacklevel=2)
         return False

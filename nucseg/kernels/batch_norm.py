@@ -190,11 +190,22 @@ def _gradient_sums(
     tl.store(place + channels, tl.sum(sum_ax, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "eights"])
+@triton.jit
+def _inner(row, h, w, half, pitch):
+    """Where the pixels of rows lie in maps that lack `half` pixels on each side, and which of them are there."""
+    line, column = row // w, row % w - half
+    image, line = line // h, line % h - half
+    tall, broad = h - 2 * half, w - 2 * half
+    inside = (line >= 0) & (line < tall) & (column >= 0) & (column < broad)
+    return ((image * tall + line) * broad + column).to(tl.int64) * pitch, inside
+
+
+@triton.jit(do_not_specialize=["rows", "eights", "h", "wide", "half"])
 def _gradient(
-    g, x, w, b, mean, r, sums, dx, rows, eights, slope, cap, height: tl.constexpr, width: tl.constexpr
+    g, x, w, b, mean, r, sums, dx, more, rows, eights, slope, cap, h, wide, half, pitch,
+    added: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """w r (a - [a] - ^x [a ^x])."""
+    """w r (a - [a] - ^x [a ^x]); where `added`, plus `more`, which lacks `half` pixels on each side."""
     channels, c, inside = _channels(eights, width)
     at, here = _places(tl.program_id(0) * height, c, inside, rows, channels, height)
     m, s = tl.load(mean + c, mask=inside, other=0.0), tl.load(r + c, mask=inside, other=0.0)
@@ -204,6 +215,10 @@ def _gradient(
     xn = _normalised(x, at, here, m, s)
     a = _behind(g, at, here, xn * weight[None, :] + bias[None, :], slope, cap)
     out = (weight * s)[None, :] * (a - a1[None, :] - xn * ax[None, :])
+    if added:
+        place, inner = _inner(tl.program_id(0) * height + tl.arange(0, height), h, wide, half, pitch)
+        beside = tl.load(more + place[:, None] + c[None, :], mask=here & inner[:, None], other=0.0)
+        out += beside.to(tl.float32)
     tl.store(dx + at, out.to(dx.dtype.element_ty), mask=here)
 
 
@@ -347,9 +362,26 @@ def forward_fixed(
 
 @_where_it_lies
 def gradient(
-    g: Float[Tensor, "b c h w"], norm: Norm, slope: float, cap: float, fixed: bool = False
+    g: Float[Tensor, "b c h w"],
+    norm: Norm,
+    slope: float,
+    cap: float,
+    fixed: bool = False,
+    beside: Float[Tensor, "b c p q"] | None = None,
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "2 c"]]:
-    """Return dx, and db and dw in one tensor; `fixed` after `forward_fixed`."""
+    """Return dx, and db and dw in one tensor.
+
+    Parameters
+    ----------
+    g
+        The gradient behind the activation.
+    norm, slope, cap
+        What `forward` returned and took.
+    fixed
+        After `forward_fixed`.
+    beside
+        Another gradient by x, or by the centre of x, to be added to dx; not with `fixed`.
+    """
     shape = shape_of(norm.x)
     g = g.contiguous(memory_format=torch.channels_last)
     parts = norm.mean.new_empty(shape.sums[0], 2, shape.channels)
@@ -358,8 +390,24 @@ def gradient(
     _gradient_sums[shape.sums](g, *norm, dx, parts, *rest, fixed, HEIGHT, WIDTH, num_warps=WARPS)
     sums = add_parts(parts)
     if not fixed:
-        _gradient[shape.tiles](g, *norm, sums, dx, *rest, HEIGHT, WIDTH, num_warps=WARPS)
+        more, where = _beside(beside, norm.x)
+        _gradient[shape.tiles](
+            g, *norm, sums, dx, dx if more is None else more, *rest, *where, more is not None,
+            HEIGHT, WIDTH, num_warps=WARPS,
+        )  # fmt: skip
     return dx, sums
+
+
+def _beside(more: Tensor | None, x: Tensor) -> tuple[Tensor | None, tuple[int, int, int, int]]:
+    """Return a gradient that the kernel can read, and height, width, border and distance between pixels for it."""
+    c, h, w = x.shape[1:]
+    if more is None:
+        return None, (h, w, 0, c)
+    tall, broad = more.shape[2:]
+    pitch = more.stride(3)
+    if more.stride() != (tall * broad * pitch, 1, broad * pitch, pitch):  # a slice of channels may stay as it is
+        more, pitch = more.contiguous(memory_format=torch.channels_last), c
+    return more, (h, w, (h - tall) // 2, pitch)
 
 
 @_where_it_lies

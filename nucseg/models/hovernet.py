@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from nucseg.encoders import EncoderError, read_weights
 from nucseg.inference import InferenceConfig
 from nucseg.models.base import check_own_encoder
 from nucseg.models.decoder import enlarge
 from nucseg.models.hover import HoverConfig, HoverSegmenter
-from nucseg.norm_act import NormAct
+from nucseg.norm_act import NormAct, crop
 
 ENCODER = "preact-resnet50"
 
@@ -142,8 +141,8 @@ class HoverNet(HoverSegmenter):
         x1 = self.d1(x0)
         x2 = self.d2(x1)
         x3 = self.conv_bot(self.d3(x2))
-        cuts = (92, 36) if self.config.mode == "fast" else (184, 72)
-        skips = (_crop(x0, cuts[0]), _crop(x1, cuts[1]), x2)
+        cuts = (46, 18) if self.config.mode == "fast" else (92, 36)  # pixels on each side
+        skips = (crop(x0, cuts[0]), crop(x1, cuts[1]), x2)
         return self.np_branch(x3, skips), self.hv_branch(x3, skips)
 
     def _load_encoder(self, path: Path) -> None:
@@ -191,9 +190,10 @@ class _Residual(nn.Module):
         self.blk_bna = _named([("bn", NormAct(last))])
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.shortcut(x)
-        for i, unit in enumerate(self.units):
-            total = total + unit(x if i == 0 else total)
+        total = self.shortcut(x) + self.units[0](x)
+        for unit in self.units[1:]:
+            y, total = unit[0].beside(total)
+            total = total + unit[1:](y)
         return self.blk_bna(total)
 
 
@@ -208,16 +208,37 @@ class _Dense(nn.Module):
             self.units.append(
                 _named([
                     ("0", NormAct(width)), ("2", nn.Conv2d(width, 128, 1, bias=False)),
-                    ("3", NormAct(128)), ("5", nn.Conv2d(128, 32, kernel, groups=4, bias=False)),
+                    ("3", NormAct(128)), ("5", _Grouped(128, 32, kernel, groups=4, bias=False)),
                 ])
             )  # fmt: skip
-        self.cut = kernel - 1
+        self.border = kernel // 2
         self.end = nn.Sequential(NormAct(inputs + 32 * count))
 
     def forward(self, x: Tensor) -> Tensor:
         for unit in self.units:
-            x = torch.cat((_crop(x, self.cut), unit(x)), dim=1)
+            y, x = unit[0].beside(x, self.border)
+            x = torch.cat((x, unit[1:](y)), dim=1)
         return self.end(x)
+
+
+class _Grouped(nn.Conv2d):
+    """A convolution in groups; in channels-last on a GPU as one of all channels, with zeros between the groups.
+
+    cuDNN changes the layout of grouped ones there and back, which takes longer than four times the products of these
+    narrow ones: 201 ms a step became 194 (docs/speed.md).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(x, self.dense_weight(), self.bias, self.stride, self.padding, self.dilation)
+        return super().forward(x)
+
+    def dense_weight(self) -> Float[Tensor, "o i k l"]:
+        """Return the weight of the same map without groups."""
+        o, i, *kernel = self.weight.shape
+        g = self.groups
+        apart = torch.eye(g, device=self.weight.device, dtype=self.weight.dtype).view(g, 1, g, 1, 1, 1)
+        return (self.weight.view(g, o // g, 1, i, *kernel) * apart).view(o, g * i, *kernel)
 
 
 class _Branch(nn.Module):
@@ -246,28 +267,6 @@ def _named(parts: list[tuple[str, nn.Module]]) -> nn.Sequential:
     for name, module in parts:
         sequence.add_module(name, module)
     return sequence
-
-
-def _crop(x: Tensor, pixels: int) -> Tensor:
-    """Cut `pixels`, an even number, off each dimension, half on each side."""
-    return _Crop.apply(x, pixels // 2)
-
-
-class _Crop(Function):
-    """A view whose gradient lies in memory as the gradient behind it does.
-
-    That of a slice is laid out anew, in rows of one channel, and a sum of the two layouts takes a GPU five times as
-    long as a sum of equal ones.
-    """
-
-    @staticmethod
-    def forward(ctx, x, half):
-        ctx.half = half
-        return x[..., half:-half, half:-half]
-
-    @staticmethod
-    def backward(ctx, g):
-        return F.pad(g, [ctx.half] * 4), None
 
 
 def _mirror(images: Tensor, pads: tuple[int, int, int, int]) -> Tensor:

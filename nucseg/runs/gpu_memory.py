@@ -43,10 +43,13 @@ class Gpu:
         Where the processes of this machine that share it leave their reservations.
     memory
         Returns free and total memory in MB.
+    usable
+        Says whether this process can still use it.
     """
 
     folder: Path
     memory: Callable[[], tuple[float, float]]
+    usable: Callable[[], bool] = lambda: True
 
     def empty_cache(self) -> None:
         """Give back what this process's allocator keeps without using it: others cannot use it either."""
@@ -77,7 +80,7 @@ def gpu(device: torch.device, folder: Path) -> Gpu:
         free, total = torch.cuda.mem_get_info(device)
         return free / 2**20, total / 2**20
 
-    return Gpu(folder / f"{socket.gethostname()}-{name}", memory)
+    return Gpu(folder / f"{socket.gethostname()}-{name}", memory, lambda: usable(device))
 
 
 def of_synthesis(config: Any, k1: int, size: int) -> float:
@@ -90,14 +93,20 @@ def of_synthesis(config: Any, k1: int, size: int) -> float:
 
 
 def needed(runs: pd.DataFrame | None, segmenter: str) -> float:
-    """Return the MB that a segmenter is likely to need, by the peaks of its trainings in ``runs.csv``."""
-    peaks = [] if runs is None else runs.loc[[_segmenter(c) == segmenter for c in runs["config"]], "peak_gpu_mb"]
+    """Return the MB that a segmenter is likely to need, by the peaks of its trainings in ``runs.csv``.
+
+    Older lines do not count the memory of a recorded step, and say nothing where the steps were recorded.
+    """
+    peaks = [] if runs is None else runs.loc[[_counts(c, segmenter) for c in runs["config"]], "peak_gpu_mb"]
     peak = max((peak for peak in peaks if peak > 0), default=None)  # NaN on a CPU
     return UNKNOWN_MB if peak is None else MARGIN * peak + CONTEXT_MB
 
 
-def _segmenter(config: str) -> str:
-    return json.loads(config).get("experiment", {}).get("segmenter", "")
+def _counts(config: str, segmenter: str) -> bool:
+    settings = json.loads(config)
+    schedule = settings.get("model", {}).get("training", [{}])[0]
+    whole = settings.get("recorded_gpu_mb") is not None or not schedule.get("cuda_graph")
+    return whole and settings.get("experiment", {}).get("segmenter") == segmenter
 
 
 @contextlib.contextmanager
@@ -144,12 +153,14 @@ def run(work: Callable[[], T], need: float, gpu: Gpu, poll: float = 0.5) -> T:
     Raises
     ------
     torch.OutOfMemoryError
-        If the GPU is too small for it even alone.
+        If the GPU is too small for it even alone, or lost to this process by the first try.
     """
     with reserved(gpu, need, poll):
         try:
             return work()
         except torch.OutOfMemoryError:
-            pass  # its traceback holds tensors: it has to be gone before the second try
+            if not gpu.usable():
+                raise
+            # The traceback holds tensors: it has to be gone before the second try.
     with reserved(gpu, float("inf"), poll):
         return work()

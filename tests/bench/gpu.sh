@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can say, in about eight minutes: the tests marked gpu, then the rates of GANs, segmenters, inference
+# What only a GPU can say, in about ten minutes: the tests marked gpu, then the rates of GANs, segmenters, inference
 # and selection beside their peers. Each part is cut off at its share of the time, and what it had written stays.
 #
 #     bash tests/bench/gpu.sh FOLDER        (or: make gpu OUT=FOLDER)
@@ -27,6 +27,7 @@ mapfile -t files < <(grep -lF '@pytest.mark.gpu' tests/test_*.py)
 # In several processes: one whose recording fails spoils it for all tests after it.
 side_by_side=()
 "$python" -c 'import xdist' 2> /dev/null && side_by_side=(-n 4 --dist loadfile)
+part kernels 60 "$python" -m pytest -q -W default -p no:cacheprovider tests/test_kernels.py
 part tests 100 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${side_by_side[@]}" "${files[@]}"
 part norm 30 "$python" tests/bench/bench_norm.py --out "$out/norm.json"
 part conv 30 "$python" tests/bench/bench_conv.py --out "$out/conv.json"
@@ -34,5 +35,5 @@ part gan 150 "$python" tests/bench/bench_gan.py --seconds 4 --out "$out/gan.json
 part training 150 "$python" tests/bench/bench_training.py --out "$out/training.json"
 part inference 60 "$python" tests/bench/bench_inference.py --images 4 --size 4000
 if [ -n "${NUCSEG_DATA:-}" ]; then
-  part selection 40 "$python" tests/bench/bench_cps.py --random-weights --out "$out/selection.json"
+  part selection 75 "$python" tests/bench/bench_cps.py --random-weights --out "$out/selection.json"
 fi
