@@ -253,7 +253,9 @@ def train(
     segmenter: Annotated[
         str, typer.Option(help="hoverlite, hovernet, maskrcnn, pffnet, dpmsff, mdcnet, dist or micronet.")
     ] = "hoverlite",
-    profile: ProfileOption = "sample",
+    profile: Annotated[
+        str, typer.Option(help="A profile's name or YAML file; empty: slides on a GPU, slides-cpu elsewhere.")
+    ] = "",
     seed: SeedOption = 0,
     device: DeviceOption = "",
     unlabelled: Annotated[
@@ -264,8 +266,10 @@ def train(
     from nucseg import workflow
     from nucseg.profiles import load_profile
 
+    settings = load_profile(profile or workflow.default_profile(device))
+    typer.echo(f"Profile {settings.name}.")
     try:
-        result = workflow.train_folder(dataset, out, segmenter, load_profile(profile), seed, device, unlabelled)
+        result = workflow.train_folder(dataset, out, segmenter, settings, seed, device, unlabelled)
     except KeyboardInterrupt:
         typer.echo("\nStopped. The same command goes on from there; at most the last minute is repeated.", err=True)
         raise typer.Exit(130) from None

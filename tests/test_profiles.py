@@ -15,6 +15,8 @@ PROFILES = [
     *("h100", "h100-first", "h100-hoverlite", "h100-hoverlite-d4", "h100-seeds", "paper", "sample", "sample-choices"),
     *("sample-models", "sample-recipes", "sample-recipes-silent", "sample-seeds", "sample-teacher"),
     "sample-teacher-silent",
+    "slides",
+    "slides-cpu",
 ]
 
 

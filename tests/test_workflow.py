@@ -3,14 +3,18 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from nucseg import annotations, workflow
 from nucseg.checkpoints import Checkpoint
+from nucseg.cli import app
 from nucseg.data import load_dataset
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
@@ -18,6 +22,11 @@ from nucseg.workflow import WorkflowError
 
 PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
 NAMES = ("slide_a", "slide_b")
+
+
+class _Trained(NamedTuple):
+    seconds: float
+    curve: list
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +204,31 @@ def test_a_stopped_training_goes_on_to_the_same_model(training_set, slides, tmp_
     for name in ("model.safetensors", "model.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_without_a_profile_the_one_for_slides_is_taken_and_named(training_set, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(workflow, "train_folder", lambda *a: asked.append(a[3].name) or _Trained(1.0, [{"total": 1.0}]))
+    for cuda, options, name in (
+        (False, [], "slides-cpu"),
+        (True, [], "slides"),
+        (True, ["--device", "cpu"], "slides-cpu"),
+        (True, ["--profile", "sample"], "sample"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        shown = CliRunner().invoke(app, ["train", str(training_set[0]), "--out", str(tmp_path), *options])
+        assert shown.exit_code == 0, shown.output
+        assert f"Profile {name}." in shown.output
+        assert asked[-1] == name
+
+
+def test_the_profiles_for_slides_differ_in_size_and_not_in_what_is_changed():
+    gpu, cpu = load_profile("slides"), load_profile("slides-cpu")
+    assert gpu.augment == cpu.augment
+    assert gpu.segmenter_encoder == cpu.segmenter_encoder
+    assert gpu.training_of("hoverlite").crop == cpu.training_of("hoverlite").crop == 256
+    assert gpu.training_of("hoverlite").iterations > cpu.training_of("hoverlite").iterations
+    assert cpu.segmenter("hoverlite").frozen == 0
 
 
 def test_other_settings_begin_anew(training_set, tmp_path, monkeypatch):

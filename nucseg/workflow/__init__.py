@@ -5,13 +5,14 @@
 Each step reads and writes one folder, so each can be looked at, corrected and repeated.
 """
 
-from nucseg.workflow.base import WorkflowError
+from nucseg.workflow.base import WorkflowError, default_profile
 from nucseg.workflow.patches import import_annotations, select_patches
 from nucseg.workflow.scores import evaluate_folders
 from nucseg.workflow.segmenter import load_model, predict_folder, train_folder, unlabelled_views
 
 __all__ = [
     "WorkflowError",
+    "default_profile",
     "evaluate_folders",
     "import_annotations",
     "load_model",

@@ -19,6 +19,11 @@ def pick_device(name: str = "") -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def default_profile(device: str = "") -> str:
+    """Return the profile for a training on one's own patches on a device."""
+    return "slides" if pick_device(device).type == "cuda" else "slides-cpu"
+
+
 def read_json(path: Path, advice: str) -> dict:
     """Read what an earlier step wrote, or say which step that is."""
     if not path.is_file():
