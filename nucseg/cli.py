@@ -13,13 +13,13 @@ from nucseg import messages
 from nucseg.config import ConfigError
 
 app = typer.Typer(
-    help=__doc__,
+    help=__doc__.replace("``", ""),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ProfileOption = Annotated[str, typer.Option(help="sample, h100, paper, or the path of a YAML file.")]
+ProfileOption = Annotated[str, typer.Option(help="sample, h100, paper or another of nucseg/profiles, or the path of a YAML file.")]
 DatasetOption = Annotated[str, typer.Option(help="tissue, kumar, tnbc, monuseg or a folder; empty: the profile's own.")]
 RootOption = Annotated[str, typer.Option(help="Where the data lie; empty: the environment variable NUCSEG_DATA.")]
 MinutesOption = Annotated[

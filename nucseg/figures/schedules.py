@@ -54,7 +54,8 @@ def schedule_plot(frame: pd.DataFrame) -> Figure:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     for own in set(frame.loc[frame["part"] == 1, "iterations"]):
         axis.axvline(own, color=GREY, linewidth=0.8, linestyle=DASHED, zorder=0)
-    what = "iterations of the whole schedule (dashed: the profile's), and seconds of training (mean of seeds)"
+    what = "iterations of the whole schedule (dashed: the profile's), and seconds of training"
+    what += " (mean of seeds)" * several
     axis.set_xlabel(what, labelpad=5 + _LINE * len(names), fontsize=8)
     axis.set_ylabel("AJI of the validation images", fontsize=8)
     axis.tick_params(labelsize=7, color=GREY)
