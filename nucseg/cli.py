@@ -19,7 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ProfileOption = Annotated[str, typer.Option(help="sample, h100, paper or another of nucseg/profiles, or the path of a YAML file.")]
+ProfileOption = Annotated[
+    str, typer.Option(help="sample, h100, paper or another that comes along, or a YAML file's path.")
+]
 DatasetOption = Annotated[str, typer.Option(help="tissue, kumar, tnbc, monuseg or a folder; empty: the profile's own.")]
 RootOption = Annotated[str, typer.Option(help="Where the data lie; empty: the environment variable NUCSEG_DATA.")]
 MinutesOption = Annotated[

@@ -171,8 +171,8 @@ def _examples(store: Store, results: pd.DataFrame, root: str | Path) -> Iterator
         for image_id in chosen:
             folder = f"{slug(name)}/{slug(image_id)}"
             if opened is not None:
-                yield f"{folder}/image.png", lambda i=image_id, d=opened: _png(_crop(d.sample(i).image))
-                yield f"{folder}/truth.png", lambda i=image_id, d=opened: _png(_crop(d.sample(i).labels))
+                yield f"{folder}/image.png", lambda i=image_id, d=opened: _png(centre(d.sample(i).image))
+                yield f"{folder}/truth.png", lambda i=image_id, d=opened: _png(centre(d.sample(i).labels))
         for image_id in chosen:
             for run_id in runs:
                 folder, file = f"{slug(name)}/{slug(image_id)}", evaluations[run_id].path / "predictions.npz"
@@ -196,8 +196,8 @@ def _array(file: Path, name: str) -> np.ndarray:
         return arrays[name]
 
 
-def _crop(array: np.ndarray) -> np.ndarray:
-    """Cut the middle out: at most `CROP` pixels and half of each side, so that no image travels whole."""
+def centre(array: np.ndarray) -> np.ndarray:
+    """Return the middle: at most `CROP` pixels and half of each side, so that no image travels whole."""
     sides = [max(1, min(CROP, length // 2)) for length in array.shape[:2]]
     corner = [(length - side) // 2 for length, side in zip(array.shape[:2], sides, strict=True)]
     return array[corner[0] : corner[0] + sides[0], corner[1] : corner[1] + sides[1]]

@@ -14,8 +14,8 @@ from pathlib import Path
 from nucseg.beyond import REFERENCE
 from nucseg.profiles import load_profile
 from nucseg.tables.between import measured_of, of_seeds
-from nucseg.tables.summary import WORDS
 from nucseg.tables.table import DATASET_NAMES, Measured, over_seeds
+from nucseg.tables.words import WORDS
 
 DATASETS = ("kumar", "tnbc")
 CHOICES, RECIPES, PILOT = "sample-choices", "sample-recipes", "sample-seeds"

@@ -21,7 +21,10 @@ from nucseg.results import EXPERIMENT, read_results, read_runs
 from nucseg.store import published
 from nucseg.tables import NOT_IN_PROFILE, Table, make_tables, write_table
 from nucseg.tables.forest import forest_frame
+from nucseg.tables.showcase import showcase
 from nucseg.tables.side_by_side import table_4_of_all
+
+COLOURS = 128  # of a figure with pictures of tissue: a third of the bytes, and nobody sees it
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Report:
         ``"I"`` to ``"VI"``; ``"IV of all"``, ``"S"`` and ``"B"`` where there is something in them.
     figures
         ``"forest"`` with a difference to show; ``"budget"`` with two budgets or more; ``"ranks"`` with enough of
-        strategies and images.
+        strategies and images; ``"figure7"`` with pictures that came from another machine (`nucseg.results.examples`),
+        elsewhere notebook 04 draws it.
     signature
         The line under every figure.
     """
@@ -65,7 +69,8 @@ class Report:
         run_ids = sorted(set(self.results["run_id"]))
         for name, figure in self.figures.items():
             path = published("figures", self.profile) / f"{name}_{self.dataset}.png"
-            paths.append(style.save(figure, path, self.signature, run_ids))
+            colours = COLOURS if name == "figure7" else 0
+            paths.append(style.save(figure, path, self.signature, run_ids, colours=colours))
         return tuple(paths)
 
 
@@ -115,6 +120,7 @@ def make_report(profile: Profile, dataset: str = "", folder: str | Path | None =
         "forest": comparison.forest_plot(forest) if forest["mean difference"].notna().any() else None,
         "budget": comparison.budget_curves(curves),
         "ranks": comparison.rank_plot(ranks) if ranks else None,
+        "figure7": showcase(results, name, settings, runs),
     }
     return Report(
         profile.name,

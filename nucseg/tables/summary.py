@@ -28,6 +28,7 @@ from nucseg.results import read_results, read_runs
 from nucseg.results.settings import teachers
 from nucseg.store import published
 from nucseg.tables import DATASET_NAMES, Measured, measure
+from nucseg.tables.words import arm_in_words
 
 HEADER = (
     *("profile", "data", "arm", "labelled pixels", "seeds", "AJI", "paper's row", "its AJI", "difference", "Dice"),
@@ -35,20 +36,6 @@ HEADER = (
 )
 NEAREST = ("paper", "h100", "h100-hoverlite")  # profiles with the paper's patch size, the nearest to it first
 SEGMENTERS = {"maskrcnn": "Mask R-CNN", "hovernet": "HoVer-Net"}
-WORDS = {
-    "cps": "CPS",
-    "kmeans": "K-means",
-    "random-crop": "RndCrop",
-    "random-centre-crop": "RndCenCrop",
-    "all": "all labels",
-}
-WORDS |= {
-    "none": "no augmentation",
-    "naive": "NaiveAug",
-    "csingan": "CSinGAN",
-    "singan": "SinGAN",
-    "cyclegan": "CycleGAN",
-}
 
 
 def summary() -> pd.DataFrame:
@@ -96,7 +83,7 @@ def _beyond(
             {
                 "profile": profile,
                 "dataset": dataset,
-                "arm": _arm(key, "naive", rounds, taught.get(of_arm[0], ""), segmenter),
+                "arm": f"{arm_in_words(key, 'naive', rounds, taught.get(of_arm[0], ''))}, {segmenter}",
                 "labelled pixels": arm["ours label share"],
                 "seeds": arm["seeds"],
                 "AJI": arm["ours AJI"],
@@ -112,12 +99,6 @@ def _beyond(
     return lines
 
 
-def _arm(selection: str, augmentation: str, rounds: int, teacher: str, segmenter: str) -> str:
-    parts = [WORDS.get(name, name) for name in (selection, augmentation)]
-    parts += [teacher or f"{rounds} round{'s' * (rounds > 1)}"] * bool(rounds)
-    return f"{' + '.join(parts)}, {segmenter}"
-
-
 def _minutes(runs: pd.DataFrame) -> dict[str, float]:
     shared = [json.loads(config)["shared_seconds"] for config in runs["config"]]
     return dict(zip(runs["run_id"], (runs["seconds"] + shared) / 60, strict=True))
@@ -131,7 +112,7 @@ def _line(profile: str, dataset: str, same: list[Measured], minutes: dict[str, f
     return {
         "profile": profile,
         "dataset": dataset,
-        "arm": _arm(e.selection, e.augmentation, e.rounds, first.teacher, e.segmenter),
+        "arm": f"{arm_in_words(e.selection, e.augmentation, e.rounds, first.teacher)}, {e.segmenter}",
         "labelled pixels": first.mean("label_share")[0],
         "seeds": len(first.found),
         "AJI": aji,
