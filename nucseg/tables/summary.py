@@ -151,7 +151,7 @@ def headline_markdown(frame: pd.DataFrame) -> str:
         saw, segmenter = one["arm"].rsplit(", ", 1)
         cells = (
             DATASET_NAMES[one["dataset"]],
-            saw,
+            _plain(saw),
             SEGMENTERS.get(segmenter, segmenter),
             f"{one['labelled pixels']:.1%}",
             str(one["seeds"]),
@@ -161,6 +161,26 @@ def headline_markdown(frame: pd.DataFrame) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+PLAIN = {
+    " + NaiveAug": "",  # every arm has it
+    "CPS": "CPS's patches",
+    "K-means": "K-means' patches",
+    "RndCrop": "random crops",
+    "RndCenCrop": "centres of random images",
+    " + CSinGAN": ", CSinGAN's images",
+    " rounds": " rounds of pseudo labels",
+    " 1 round": " 1 round of pseudo labels",
+    " + ": ", ",
+}
+
+
+def _plain(arm: str) -> str:
+    """Return an arm in words that need no glossary."""
+    for short, plain in PLAIN.items():
+        arm = arm.replace(short, plain)
+    return arm
 
 
 def _with_spread(one: pd.Series) -> str:
