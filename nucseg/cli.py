@@ -29,7 +29,7 @@ MinutesOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda; empty: cuda where there is one.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
-SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result on the same machine.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result on the same machine.")]
 STRATEGY_HELP = (
     "cps, cps-standardised, cps-no-2nd, cps-no-3rd, kmeans, typiclust, probcover, k-center, random-crop or "
     "random-centre-crop."
@@ -237,13 +237,14 @@ def import_annotations(
     selection: Annotated[Path, typer.Argument(help="The folder that 'nucseg select' wrote.")],
     outlines: Annotated[Path, typer.Argument(help="A folder with one .geojson, .xml or label map per image.")],
     out: OutOption,
-    partial: Annotated[bool, typer.Option("--partial", help="Leave out images that have no outlines yet.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Leave out images and patches without outlines.")] = False,
     empty: Annotated[bool, typer.Option("--empty", help="Patches without an outline hold no nucleus.")] = False,
+    images: Annotated[str, typer.Option(help="Where the images are now; empty: where 'select' found them.")] = "",
 ) -> None:
     """Bring the outlines back: cut the chosen patches out as a training set."""
     from nucseg import workflow
 
-    table = workflow.import_annotations(selection, outlines, out, partial, empty)
+    table = workflow.import_annotations(selection, outlines, out, partial, empty, images)
     typer.echo(table[["rank", "file", "nuclei"]].to_string(index=False))
     typer.echo(f"{table['nuclei'].sum()} nuclei. Then: nucseg train {out} --out MODEL")
 
@@ -273,7 +274,9 @@ def train(
     try:
         result = workflow.train_folder(dataset, out, segmenter, settings, seed, device, unlabelled)
     except KeyboardInterrupt:
-        typer.echo("\nStopped. The same command goes on from there; at most the last minute is repeated.", err=True)
+        kept = any(out.glob(".*.state")) or any(out.glob(".*.first.safetensors"))
+        what = "The same command goes on from what was kept, once a minute" if kept else "Nothing was worth keeping yet"
+        typer.echo(f"\nStopped. {what}.", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{result.seconds:.0f} s, last loss {result.curve[-1]['total']:.3f}")
     typer.echo(f"Then: nucseg predict {out} IMAGES --out DIR")
@@ -305,6 +308,7 @@ def evaluate(
     table = workflow.evaluate_folders(truth, predicted)
     typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(out, index=False)
 
 

@@ -43,5 +43,5 @@ def _expected() -> tuple[type[Exception], ...]:
     from nucseg.store import OutOfTime
     from nucseg.workflow import WorkflowError
 
-    errors = (ConfigError, DataError, EncoderError, NotebookFailed, ParameterError, WorkflowError, FileNotFoundError)
+    errors = (ConfigError, DataError, EncoderError, NotebookFailed, ParameterError, WorkflowError, OSError)
     return (*errors, BundleError, OutOfTime, ResultsError, WheelError)

@@ -450,11 +450,16 @@ def test_planes_one_after_the_other_are_read_like_any_image(tmp_path):
     np.testing.assert_array_equal(read_region(path, 3, 4, 3, 6), RGB[3:6, 4:10])
 
 
-def test_alpha_is_dropped_without_a_word(tmp_path):
-    alpha = np.dstack([RGB, np.full((40, 50), 9, np.uint8)])
-    np.testing.assert_array_equal(read_image(_write(tmp_path / "a.png", alpha)), RGB)
-    tiff = _write(tmp_path / "a.tif", alpha, photometric="rgb", extrasamples=["unassalpha"])
-    np.testing.assert_array_equal(read_image(tiff), RGB)
+def test_what_is_transparent_is_white_and_the_rest_as_it_is(tmp_path):
+    opaque = np.full((40, 50), 255, np.uint8)
+    opaque[:, :10], opaque[:, 10:20] = 0, 128
+    alpha = np.dstack([RGB, opaque])
+    for name, how in (("a.png", {}), ("a.tif", {"photometric": "rgb", "extrasamples": ["unassalpha"]})):
+        for read in (read_image, lambda path: read_region(path, 0, 0, 40, 50)):
+            found = read(_write(tmp_path / name, alpha, **how))
+            assert (found[:, :10] == 255).all()
+            np.testing.assert_allclose(found[:, 10:20], (RGB[:, 10:20] + 255.0) / 2, atol=1.5)
+            np.testing.assert_array_equal(found[:, 20:], RGB[:, 20:])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])

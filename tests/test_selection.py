@@ -285,7 +285,57 @@ def test_extract_equals_a_patch_by_patch_loop(size, step, border):
                 np.testing.assert_allclose(found.sub_features[row], encoder(torch.cat(parts)), rtol=1e-4, atol=1e-6)
                 row += 1
     assert row == len(found)
-    assert seen == [(1, 2), (2, 2)]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (2 * row, 2 * row)  # every patch, and every patch's parts
+    assert len(seen) > 4
+
+
+class Region:
+    """An image that is read by its parts."""
+
+    def __init__(self, image_id, image):
+        self.id, self.whole, self.shape, self.read = image_id, image, image.shape[:2], []
+
+    @property
+    def image(self):
+        raise AssertionError("a large image is not read as a whole")
+
+    def region(self, row, col, height, width):
+        self.read.append((row, row + height))
+        return self.whole[row : row + height, col : col + width]
+
+
+def test_a_large_image_is_read_in_bands_and_gives_the_same_patches(monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (150, 90, 3)).astype(np.uint8)
+    image[:, 60:] = 245  # glass
+    image[:40, :30] = 3  # never scanned
+    config = replace(SMALL, size=32, step=8, tissue=0.5, cpu_batch=7)
+    encoder = MeanAndSpread()
+    (small,) = images(1)
+    small.image = image
+    whole = extract([small], encoder, config, "cpu")
+    monkeypatch.setattr("nucseg.selection.features.BAND_PIXELS", 50 * 90)
+    large = Region(small.id, image)
+    banded = extract([large], encoder, config, "cpu")
+    assert len(whole) > 20
+    for name in ("image_ids", "rows", "cols"):
+        np.testing.assert_array_equal(getattr(banded, name), getattr(whole, name))
+    for name in ("features", "sub_features"):
+        np.testing.assert_allclose(getattr(banded, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+    assert len(large.read) > 4
+    assert max(bottom - top for top, bottom in large.read) <= 50
+    assert not ((whole.rows < 20) & (whole.cols == 0)).any()  # black is no tissue
+    chosen = select([large], "kmeans", 3, 2, size=32, step=8, encoder=encoder, config=config, device="cpu")
+    assert (
+        chosen.patches
+        == select([small], "kmeans", 3, 2, size=32, step=8, encoder=encoder, config=config, device="cpu").patches
+    )
+
+
+def test_the_share_of_overlapping_patches_needs_no_mask_of_the_image():
+    patches = [Patch("a", 0, 0, 10), Patch("a", 5, 5, 10), Patch("a", 30, 2, 10), Patch("b", 1, 1, 10)]
+    shapes = {"a": (10**6, 10**6), "b": (20, 20)}
+    assert label_share(patches, shapes) == pytest.approx((100 + 75 + 100 + 100) / (10**12 + 400))
 
 
 def test_extract_leaves_the_encoder_as_it_was_and_uses_it_in_evaluation_mode(slides):

@@ -19,6 +19,7 @@ from nucseg.data import load_dataset
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
 from nucseg.workflow import WorkflowError
+from nucseg.workflow.base import pick_device
 
 PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
 NAMES = ("slide_a", "slide_b")
@@ -120,13 +121,182 @@ def test_outlines_drawn_on_the_picture_of_a_patch_are_no_background(slides, tmp_
     labels[10:20, 80:90], labels[100:110, 20:30] = 1, 2
     annotations.write_geojson(tmp_path / "slide_a.geojson", labels)
     with pytest.raises(
-        WorkflowError, match=r"patch 2 of .* but 1 outlines of that image lie beyond .*PNG of a patch.*--empty"
+        WorkflowError, match=r"in patch 2 of .* but 1 outlines of the same images lie beyond .*PNG of a patch.*--empty"
     ):
         workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.warns(UserWarning, match="patch 2 .* taken for background"):
         table = workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "out", empty=True)
     assert list(table["nuclei"]) == [1, 0]
+    with pytest.warns(UserWarning, match=r"patch 2 .*left out"):
+        table = workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "partly", partial=True)
+    assert list(table["rank"]) == [1]
+    assert len(list((tmp_path / "partly" / "labels").iterdir())) == 1
+    with pytest.raises(WorkflowError, match="holds imported patches already"):
+        workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "partly", partial=True)
+
+
+@pytest.fixture
+def one_patch(slides, tmp_path):
+    """A selection of one patch, and a function that writes outlines and imports them."""
+    (tmp_path / "images").mkdir()
+    shutil.copy(slides[0] / "slide_a.png", tmp_path / "images")
+    (patch,) = workflow.select_patches(tmp_path / "images", tmp_path / "picks", 1, "random-crop", PROFILE).patches
+    (tmp_path / "outlines").mkdir()
+
+    def read(labels=None, features=None, name="slide_a"):
+        path = tmp_path / "outlines" / f"{name}.geojson"
+        if labels is not None:
+            annotations.write_geojson(path, labels)
+        if features:
+            found = json.loads(path.read_text()) if path.exists() else {"type": "FeatureCollection", "features": []}
+            found["features"] += features
+            path.write_text(json.dumps(found))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        table = workflow.import_annotations(tmp_path / "picks", tmp_path / "outlines", tmp_path / "out")
+        (file,) = (tmp_path / "out" / "labels").iterdir()
+        return table, np.asarray(Image.open(file))
+
+    return patch, read
+
+
+def nuclei_in(patch, places=((4, 4), (20, 8), (30, 30))):
+    labels = np.zeros((160, 192), np.int32)
+    for number, (row, col) in enumerate(places, 1):
+        labels[patch.row + row : patch.row + row + 6, patch.col + col : patch.col + col + 6] = number
+    return labels
+
+
+def test_ids_beyond_16_bits_stay_apart(one_patch, tmp_path):
+    patch, read = one_patch
+    labels = nuclei_in(patch)
+    table, found = read(labels * 65_536)
+    assert table["nuclei"].tolist() == [3]
+    assert sorted(np.unique(found)) == [0, 1, 2, 3]
+    assert np.array_equal(found > 0, patch.crop(labels) > 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_region_of_tissue_is_no_nucleus(one_patch, first):
+    patch, read = one_patch
+    tissue = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [
+        [[0, 0], [192, 0], [190, 160], [0, 160], [0, 0]]]}, "properties": {"objectType": "annotation"}}  # fmt: skip
+    if first:
+        with pytest.raises(WorkflowError, match="covers 100% of patch 1"):
+            read(features=[tissue])
+    with pytest.raises(WorkflowError, match=r"covers \d+% of patch 1, from row 0 to 160 .*region of tissue"):
+        read(labels=nuclei_in(patch), features=[tissue])
+
+
+def test_a_nucleus_of_class_patch_and_one_in_parts_are_told(one_patch):
+    patch, read = one_patch
+    x, y = patch.col, patch.row
+
+    def ring(col, row, more=0):
+        return [[x + col, y + row], [x + col + 8, y + row], [x + col + 8 + more, y + row + 8], [x + col, y + row + 8],
+                [x + col, y + row]]  # fmt: skip
+
+    wrong = {"type": "Feature", "id": "wrong", "geometry": {"type": "Polygon", "coordinates": [ring(2, 2, 3)]},
+             "properties": {"classification": {"name": "Patch"}}}  # fmt: skip
+    parts = {"type": "Feature", "id": "parts", "properties": {},
+             "geometry": {"type": "MultiPolygon", "coordinates": [[ring(20, 2)], [ring(20, 30)]]}}  # fmt: skip
+    with pytest.warns(annotations.AnnotationWarning, match=r"of class Patch, but no rectangle.*wrong.*2 parts.*parts"):
+        table, _ = read(features=[wrong, parts])
+    assert table["nuclei"].tolist() == [1]
+
+
+def test_images_of_one_name_in_two_folders_keep_their_outlines_apart(slides, tmp_path):
+    for folder, name in (("", "slide_a"), ("sub", "slide_b")):
+        (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(slides[0] / f"{name}.png", tmp_path / "images" / folder / "same.png")
+    chosen = workflow.select_patches(tmp_path / "images", tmp_path / "picks", 6, "random-crop", PROFILE, seed=2)
+    assert {patch.image_id for patch in chosen.patches} == {"same", "sub/same"}
+    files = sorted(
+        p.relative_to(tmp_path / "picks/geojson").as_posix() for p in (tmp_path / "picks/geojson").rglob("*.geojson")
+    )
+    assert files == ["same.geojson", "sub/same.geojson"]
+    for name, true in (("same", "slide_a"), ("sub/same", "slide_b")):
+        path = tmp_path / "outlines" / f"{name}.geojson"
+        path.parent.mkdir(exist_ok=True)
+        annotations.write_geojson(path, slides[1][true])
+    table = workflow.import_annotations(tmp_path / "picks", tmp_path / "outlines", tmp_path / "out", empty=True)
+    for row, patch in zip(table.itertuples(), chosen.patches, strict=True):
+        true = patch.crop(slides[1]["slide_a" if patch.image_id == "same" else "slide_b"])
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "labels" / row.file)) > 0, true > 0)
+
+
+@pytest.mark.parametrize("name", ["slide_a.png.geojson", "slide_a_labels.TIF", "slide_a_cp_masks.tiff", "slide_a.JSON"])
+def test_outlines_are_found_by_the_names_that_tools_give_them(one_patch, tmp_path, name):
+    patch, _ = one_patch
+    path = tmp_path / "outlines" / name
+    if path.suffix.lower() in (".geojson", ".json"):
+        annotations.write_geojson(path, nuclei_in(patch))
+    else:
+        annotations.write_labels(tmp_path / "a.tif", nuclei_in(patch))
+        shutil.move(tmp_path / "a.tif", path)
+    table = workflow.import_annotations(tmp_path / "picks", tmp_path / "outlines", tmp_path / "out")
+    assert table["nuclei"].tolist() == [3]
+
+
+def test_of_two_files_for_one_image_the_one_that_is_not_read_is_told(one_patch, tmp_path):
+    patch, read = one_patch
+    annotations.write_labels(tmp_path / "outlines" / "slide_a.tif", nuclei_in(patch, [(4, 4)]))
+    with pytest.warns(UserWarning, match=r"taken from slide_a.geojson, not from slide_a.tif"):
+        table, _ = read(nuclei_in(patch))
+    assert table["nuclei"].tolist() == [3]
+
+
+def test_a_selection_finds_its_images_from_any_folder_and_where_they_have_moved(
+    one_patch, slides, tmp_path, monkeypatch
+):
+    patch, _ = one_patch
+    annotations.write_geojson(tmp_path / "outlines" / "slide_a.geojson", nuclei_in(patch))
+    monkeypatch.chdir(tmp_path)
+    workflow.select_patches("images", "relative", 1, "random-crop", PROFILE)
+    monkeypatch.chdir("/")
+    workflow.import_annotations(tmp_path / "relative", tmp_path / "outlines", tmp_path / "a")
+    shutil.move(tmp_path / "images", tmp_path / "moved")
+    with pytest.raises(WorkflowError, match=r"selection.json; --images names another place"):
+        workflow.import_annotations(tmp_path / "relative", tmp_path / "outlines", tmp_path / "b")
+    workflow.import_annotations(tmp_path / "relative", tmp_path / "outlines", tmp_path / "b", images=tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("tpu", "no device 'tpu'; there are cpu and cuda"), ("cuda:7", "PyTorch sees 0 GPUs")]
+)
+def test_a_device_that_is_not_there_is_an_error(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(WorkflowError, match=message):
+        pick_device(device)
+
+
+def test_a_damaged_selection_or_model_says_so(picks, training_set, slides, tmp_path):
+    shutil.copytree(picks[0], tmp_path / "picks")
+    path = tmp_path / "picks" / "selection.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(WorkflowError, match=r"selection.json: not complete JSON"):
+        workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "out")
+    workflow.train_folder(training_set[0], tmp_path / "model", "hoverlite", PROFILE)
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(WorkflowError, match=r"model.safetensors: damaged"):
+        workflow.load_model(tmp_path / "model")
+
+
+def test_a_mask_in_the_place_of_a_prediction_and_predictions_too_many_are_told(slides, tmp_path):
+    for folder in ("true", "predicted"):
+        (tmp_path / folder).mkdir()
+    labels = slides[1]["slide_a"]
+    annotations.write_labels(tmp_path / "true" / "a.tif", labels)
+    annotations.write_labels(tmp_path / "predicted" / "b.tif", labels)
+    Image.fromarray(((labels > 0) * 255).astype(np.uint8)).save(tmp_path / "predicted" / "a.png")
+    with pytest.warns(UserWarning) as told:
+        workflow.evaluate_folders(tmp_path / "true", tmp_path / "predicted")
+    said = " ".join(str(each.message) for each in told)
+    assert "one id, 255, in" in said
+    assert "no truth for 1 predictions, left out: b" in said
+    with pytest.raises(WorkflowError, match="no such folder"):
+        workflow.evaluate_folders(tmp_path / "absent", tmp_path / "predicted")
 
 
 def test_a_folder_with_a_selection_takes_no_second_one(picks, slides):

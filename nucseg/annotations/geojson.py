@@ -21,7 +21,7 @@ import numpy as np
 
 from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.outlines import trace
-from nucseg.annotations.polygons import AnnotationReport, Region, rasterize, unique_names
+from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize, unique_names
 from nucseg.patches import Patch
 
 NUCLEUS, PATCH = "Nucleus", "Patch"  # classification names
@@ -79,8 +79,8 @@ def write_geojson(
 def read_geojson(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
     """Read nuclei drawn or corrected in QuPath into a label map.
 
-    Ids are those that `write_geojson` gave; new or doubled features get the next free ids. Features of class
-    ``"Patch"`` are the rectangles to annotate, not nuclei, and are left out. Of cells the nucleus is taken.
+    Ids are those that `write_geojson` gave; new or doubled features get the next free ids. Rectangles of class
+    ``"Patch"`` are those to annotate, not nuclei, and are left out. Of cells the nucleus is taken.
 
     Parameters
     ----------
@@ -111,27 +111,34 @@ def read_geojson(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
 
 def read_geojson_report(path: str | Path, shape: tuple[int, int]) -> tuple[np.ndarray, AnnotationReport]:
     """Read like `read_geojson`, and return the problems as an `AnnotationReport` instead of warning."""
-    names, shapes, ids, unread = [], [], [], {}
+    names, shapes, ids, unread, pieces = [], [], [], {}, {}
     for number, feature in enumerate(_features(Path(path)), 1):
         properties = _mapping(feature.get("properties"))
-        if _class_name(properties) == PATCH or properties.get("objectType") == "root":
+        geometry = feature.get("nucleusGeometry") or feature.get("geometry")
+        patch = _class_name(properties) == PATCH
+        if properties.get("objectType") == "root" or (patch and _is_rectangle(geometry)):
             continue
         names.append(str(feature.get("id") or properties.get("name") or f"number {number}"))
-        geometry = feature.get("nucleusGeometry") or feature.get("geometry")
+        given = _measurements(properties).get(LABEL_ID)
         try:
-            rings = _rings(geometry)
+            rings = () if patch else _rings(geometry)
         except (TypeError, ValueError, KeyError, IndexError) as error:
             unread[len(shapes)] = f"no area that can be filled ({error})"
             rings = ()
+        if patch:
+            unread[len(shapes)] = f"of class {PATCH}, but no rectangle; a nucleus needs another class, or none"
+        elif given is None and (parts := _parts(geometry)) > 1:
+            pieces[len(shapes)] = f"taken as one nucleus, but in {parts} parts (several: Split annotations in QuPath)"
         shapes.append(rings)
-        ids.append(_measurements(properties).get(LABEL_ID))
+        ids.append(given)
     names = unique_names(names)
     regions = [Region(name, rings) for name, rings in zip(names, shapes, strict=True)]
     labels, problems = rasterize(regions, shape, _unique_ids(ids), HALF_PIXEL)
     why = {names[index]: reason for index, reason in unread.items()}
-    problems = tuple(replace(problem, reason=why.get(problem.region, problem.reason)) for problem in problems)
+    problems = [replace(problem, reason=why.get(problem.region, problem.reason)) for problem in problems]
+    problems += [Problem(names[index], reason, skipped=False) for index, reason in pieces.items()]
     n_nuclei = int(np.count_nonzero(np.bincount(labels.ravel())[1:]))
-    return labels, AnnotationReport(str(path), len(regions), n_nuclei, problems)
+    return labels, AnnotationReport(str(path), len(regions), n_nuclei, tuple(problems))
 
 
 def read_geojson_patches(path: str | Path, image_id: str | None = None) -> list[Patch]:
@@ -258,6 +265,24 @@ def _rings(geometry: Any) -> tuple[np.ndarray, ...]:
     else:
         raise ValueError(f"geometry {kind or 'missing'}")
     return tuple(np.array([point[:2] for point in ring], float).reshape(-1, 2) for rings in polygons for ring in rings)
+
+
+def _is_rectangle(geometry: Any) -> bool:
+    """Whether a geometry is a rectangle along the axes, as `write_geojson` draws patches, moved or resized perhaps."""
+    try:
+        (ring,) = _rings(geometry)
+    except (TypeError, ValueError, KeyError, IndexError):
+        return False
+    corners = np.unique(ring, axis=0)
+    return len(corners) == 4 and all(len(np.unique(corners[:, axis])) == 2 for axis in (0, 1))
+
+
+def _parts(geometry: Any) -> int:
+    """Count the polygons of a geometry."""
+    kind = _mapping(geometry).get("type")
+    if kind == "GeometryCollection":
+        return sum(_parts(part) for part in geometry["geometries"])
+    return len(geometry["coordinates"]) if kind == "MultiPolygon" else 1
 
 
 def _unique_ids(ids: list[Any]) -> np.ndarray:

@@ -128,7 +128,7 @@ def read_region(path: str | Path, row: int, col: int, height: int, width: int) -
     suffix = path.suffix.lower()
     if suffix in SLIDE_SUFFIXES and (_slide_reader() or suffix not in TIFF_SUFFIXES):
         with _open_slide(path) as slide:
-            return np.asarray(slide.read_region((col, row), 0, (width, height)))[..., :3].copy()
+            return _on_white(np.asarray(slide.read_region((col, row), 0, (width, height))))
     if suffix in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
             page = tiff.pages[0]
@@ -184,7 +184,7 @@ def _read_pillow(path: Path) -> np.ndarray:
         if mode == "CMYK":
             raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
         if mode in ("RGB", "RGBA"):
-            return np.array(image)[..., :3].copy() if mode == "RGBA" else np.array(image)
+            return _on_white(np.array(image))
         if mode in ("P", "YCbCr", "LAB", "HSV"):
             _warn(path, f"was converted from {'palette' if mode == 'P' else mode} colours to RGB")
             return np.array(image.convert("RGB"))
@@ -305,7 +305,17 @@ def _to_rgb(data: np.ndarray, path: Path, page=None, brightest: int | None = Non
         if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
             data = 255 - data
         data = np.repeat(data[..., None], 3, axis=2)
-    return np.ascontiguousarray(data[..., :3])
+    return _on_white(data)
+
+
+def _on_white(data: np.ndarray) -> np.ndarray:
+    """Return the colours of (H, W, 3 or 4) uint8; where a pixel is transparent, nothing was scanned: that is glass."""
+    if data.shape[2] == 3:
+        return np.ascontiguousarray(data)
+    opaque = data[..., 3:].astype(np.uint16)
+    if opaque.min(initial=255) == 255:
+        return data[..., :3].copy()
+    return ((data[..., :3] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
 
 
 def _to_8_bit(data: np.ndarray, path: Path, brightest: int | None) -> np.ndarray:

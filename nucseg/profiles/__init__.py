@@ -153,7 +153,10 @@ def load_profile(name: str | Path) -> Profile:
 
 
 def _read(path: Path, where: str) -> dict[str, Any]:
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: {path} is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected settings by name in {path}")
     base = values.pop("extends", None)

@@ -10,6 +10,7 @@ from skimage.filters import gaussian, threshold_otsu
 
 SMOOTHING = 2.0  # pixels: a nucleus is several pixels wide, stain grain is not
 GLASS = 220  # a pixel whose darkest colour is this bright is bare glass, or fat, which looks the same
+BLACK = 30  # one whose brightest colour is this dark was never scanned, or is masked; no stain is so dark
 
 
 def nuclear_content(
@@ -42,12 +43,18 @@ def nuclear_content(
 
 def tissue_share(image: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: int) -> np.ndarray:
     """Share of the pixels of each patch of an image (H, W, 3) uint8 that show tissue, (n,) float64 in 0..1."""
-    return _share(image.min(axis=2) < GLASS, rows, cols, size)
+    return _share(shows_tissue(image), rows, cols, size)
+
+
+def shows_tissue(image: np.ndarray) -> np.ndarray:
+    """Which pixels of an image (H, W, 3) uint8 are neither bare glass nor black, (H, W) bool."""
+    return (image.min(axis=2) < GLASS) & (image.max(axis=2) >= BLACK)
 
 
 def _share(mask: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: int) -> np.ndarray:
     """Share of the pixels of each patch that a mask holds, from one table of sums."""
-    sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    kind = np.int32 if mask.size < 2**31 else np.int64
+    sums = np.pad(mask.cumsum(0, dtype=kind).cumsum(1, dtype=kind), ((1, 0), (1, 0)))
     r, c = np.asarray(rows), np.asarray(cols)
     inside = sums[r + size, c + size] - sums[r, c + size] - sums[r + size, c] + sums[r, c]
     return inside / size**2

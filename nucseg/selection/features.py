@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from nucseg.selection.config import SelectionConfig
 from nucseg.selection.content import tissue_share
 
+BAND_PIXELS = 50_000_000  # of an image in memory at once: 1.5 GB with its normalised copy
+
 
 @dataclass(frozen=True)
 class PatchFeatures:
@@ -110,8 +112,42 @@ def windows(sample: Any, config: SelectionConfig) -> tuple[np.ndarray, np.ndarra
     rows, cols = grid(sample.id, *image_shape(sample), config)
     if not config.tissue:
         return rows, cols
-    kept = tissue_share(check_image(sample.image, sample.id), rows, cols, config.size) >= config.tissue
+    kept = np.zeros(len(rows), dtype=bool)
+    for own, top, pixels in bands(sample, rows, config.size):
+        kept[own] = tissue_share(pixels, rows[own] - top, cols[own], config.size) >= config.tissue
     return rows[kept], cols[kept]
+
+
+def bands(sample: Any, rows: np.ndarray, size: int) -> Iterator[tuple[slice, int, np.ndarray]]:
+    """Read an image of any size from top to bottom, in bands that hold whole patches.
+
+    Parameters
+    ----------
+    sample
+        With ``.id`` and ``.image``; one larger than `BAND_PIXELS` is read by its ``.region``, where it has that.
+    rows
+        (n,) upper edges of patches, ascending.
+    size
+        Side of a patch, pixels.
+
+    Yields
+    ------
+    slice, int, array
+        Which patches lie in the band, its first row in the image, and its pixels (h, W, 3) uint8.
+    """
+    height, width = image_shape(sample)
+    if height * width <= BAND_PIXELS or not hasattr(sample, "region"):
+        if len(rows):
+            yield slice(0, len(rows)), 0, check_image(sample.image, sample.id)
+        return
+    deep = max(BAND_PIXELS // width, size)
+    first = 0
+    while first < len(rows):
+        top = int(rows[first])
+        last = int(np.searchsorted(rows, top + deep - size, side="right"))
+        bottom = int(rows[last - 1]) + size
+        yield slice(first, last), top, check_image(sample.region(top, 0, bottom - top, width), sample.id)
+        first = last
 
 
 def extract(
@@ -136,7 +172,7 @@ def extract(
     device
         None: CUDA where there is one.
     progress
-        Called as ``progress(images done, images in all)`` after each image.
+        Called as ``progress(done, in all)`` after each batch, in passes over patches: one, with `parts` two for each.
     parts
         Whether to compute the sub-regions too, which only strategies with two levels of clusters look at: as many
         pixels again as the patches have.
@@ -157,21 +193,28 @@ def extract(
         raise ValueError(f"no patch of {config.size} pixels shows tissue in at least {config.tissue:.0%} of it")
     features = sub_features = np.empty(0)
     first = 0
+    done, passes = 0.0, sum(counts) * (2 if parts else 1)
+
+    def tick(patches: float) -> None:
+        nonlocal done
+        done += patches
+        if progress is not None:
+            progress(min(round(done), passes), passes)
+
     with torch.inference_mode():
-        for number, (sample, (rows, cols)) in enumerate(zip(samples, places, strict=True)):
-            if len(rows):
-                pixels = normalise(check_image(sample.image, sample.id))
-                whole = _run(forward, pixels, rows, cols, config.size, config, device)
+        for sample, (rows, cols) in zip(samples, places, strict=True):
+            for part, top, image in bands(sample, rows, config.size):
+                inside = rows[part] - top, cols[part]
+                pixels = normalise(image)
+                whole = _run(forward, pixels, *inside, config.size, config, device, tick)
                 if not first:  # now the width is known; filling one array keeps the peak at the size of the result
                     features = np.empty((sum(counts), whole.shape[1]), np.float32)
                     sub_features = np.empty((sum(counts), 4 if parts else 0, whole.shape[1]), np.float32)
-                own = slice(first, first + len(rows))
+                own = slice(first, first + len(whole))
                 features[own] = whole
                 if parts:
-                    sub_features[own] = _of_parts(forward, pixels, rows, cols, config, device)
+                    sub_features[own] = _of_parts(forward, pixels, *inside, config, device, tick)
                 first = own.stop
-            if progress is not None:
-                progress(number + 1, len(samples))
     return PatchFeatures(
         np.repeat([str(sample.id) for sample in samples], counts),
         np.concatenate([rows for rows, _ in places]),
@@ -228,15 +271,21 @@ def _of_parts(
     cols: np.ndarray,
     config: SelectionConfig,
     device: torch.device,
+    tick: Callable[[float], None],
 ) -> np.ndarray:
     """Features of the row-major sub-regions of each patch, (n, 4, d), every distinct place computed once."""
     half = config.size // 2
     part_rows = (rows[:, None] + [0, 0, half, half]).ravel()
     part_cols = (cols[:, None] + [0, half, 0, half]).ravel()
     distinct, back = np.unique(np.stack([part_rows, part_cols]), axis=1, return_inverse=True)
+    share = len(rows) / distinct.shape[1]  # of a patch, for each of them
+
+    def ticks(crops: float) -> None:
+        tick(crops * share)
+
     if distinct.shape[1] == len(part_rows):  # nothing is shared: leave the order, which reads the image in rows
-        return _run(forward, pixels, part_rows, part_cols, half, config, device).reshape(len(rows), 4, -1)
-    return _run(forward, pixels, *distinct, half, config, device)[back.reshape(len(rows), 4)]
+        return _run(forward, pixels, part_rows, part_cols, half, config, device, ticks).reshape(len(rows), 4, -1)
+    return _run(forward, pixels, *distinct, half, config, device, ticks)[back.reshape(len(rows), 4)]
 
 
 def _run(
@@ -247,12 +296,16 @@ def _run(
     size: int,
     config: SelectionConfig,
     device: torch.device,
+    tick: Callable[[float], None],
 ) -> np.ndarray:
-    """Features of the crops at these places, (n, d) float32 on the host."""
+    """Features of the crops at these places, (n, d) float32 on the host; `tick` is told of each batch."""
     batch = config.cpu_batch if device.type == "cpu" else config.batch
     # Equal pixels per batch for patches and sub-regions; equal batches within an image, so that no kernel meets a stub.
     batch *= (config.size // size) ** 2
-    out = [forward(crops).float() for crops in crop(pixels, rows, cols, size, batch)]
+    out = []
+    for crops in crop(pixels, rows, cols, size, batch):
+        out.append(forward(crops).float())
+        tick(len(crops))
     return torch.cat(out).cpu().numpy()
 
 

@@ -94,6 +94,7 @@ def select(
     config: SelectionConfig | None = None,
     features: PatchFeatures | None = None,
     device: str | torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Selection:
     """Choose `k1` patches to annotate.
 
@@ -117,6 +118,8 @@ def select(
         The pool of these samples from `extract`, so that strategies and seeds share it; it must fit size and step.
     device
         For features and clustering; None: CUDA where there is one.
+    progress
+        As for `extract`.
 
     Raises
     ------
@@ -141,6 +144,8 @@ def select(
         left_out = sum(len(grid(i, *shapes[i], config)[0]) for i in ids) - len(pool_ids)
         glass = f"{left_out} windows with less than {config.tissue:.0%} tissue left out"
     if k1 < 1 or k1 > len(pool_ids):
+        if glass and not len(pool_ids):
+            raise ValueError(f"there is no patch to choose: {glass}; lower --tissue (here {config.tissue})")
         why = f"; {glass}" if glass else ""
         raise ValueError(f"k1 must lie in 1..{len(pool_ids)} (the number of patches in the pool{why}), got {k1}")
 
@@ -153,7 +158,7 @@ def select(
         else:
             if features is None:
                 net = Encoder(encoder, normalise=config.normalise) if isinstance(encoder, str) else encoder
-                features = extract(samples, net, config, device, parts=strategy in TWO_LEVELS)
+                features = extract(samples, net, config, device, progress, strategy in TWO_LEVELS)
             same = all(
                 np.array_equal(a, b)
                 for a, b in zip(
@@ -189,11 +194,20 @@ def label_share(patches: Sequence[Patch], shapes: Mapping[str, tuple[int, int]])
     """Pixels in the union of the patches over the pixels of all images (A5); `shapes` by image id."""
     covered = 0
     for image_id in {patch.image_id for patch in patches}:
-        mask = np.zeros(shapes[image_id], dtype=bool)
-        for patch in patches:
-            if patch.image_id == image_id:
-                mask[patch.row : patch.row + patch.size, patch.col : patch.col + patch.size] = True
-        covered += int(mask.sum())
+        mine = [patch for patch in patches if patch.image_id == image_id]
+        # Cells between all edges, whose number does not grow with the image.
+        rows, cols = (
+            np.unique([getattr(patch, name) + more for patch in mine for more in (0, patch.size)])
+            for name in ("row", "col")
+        )
+        cells = np.zeros((len(rows) - 1, len(cols) - 1), dtype=bool)
+        for patch in mine:
+            down, across = (
+                slice(*np.searchsorted(edges, [start, start + patch.size]))
+                for edges, start in ((rows, patch.row), (cols, patch.col))
+            )
+            cells[down, across] = True
+        covered += int((np.diff(rows)[:, None] * np.diff(cols) * cells).sum())
     return covered / sum(height * width for height, width in shapes.values())
 
 

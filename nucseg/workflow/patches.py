@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,19 +11,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy import ndimage
 
 from nucseg import annotations
 from nucseg.config import to_plain
-from nucseg.data import Sample, load_dataset
+from nucseg.data import DataError, Sample, load_dataset
 from nucseg.encoders import Encoder
 from nucseg.patches import Patch
 from nucseg.profiles import Profile
 from nucseg.progress import task
 from nucseg.selection import Selection, select
 from nucseg.store import write_text
-from nucseg.workflow.base import SELECTION_FILE, WorkflowError, pick_device, read_json
+from nucseg.workflow.base import SELECTION_FILE, WorkflowError, pick_device, read_json, unique_names
 
-OUTLINES = (".geojson", ".json", ".xml", ".png", ".tif", ".npy")
+OUTLINES = (".geojson", ".json", ".xml", ".png", ".tif", ".tiff", ".npy")
+# What annotation tools add to the name of the image, with or without its own suffix.
+_OUTLINE_FILE = re.compile(
+    r"^(?P<stem>.+?)(?P<suffix_of_image>\.(png|jpe?g|tiff?|webp|bmp|svs|ndpi|scn|mrxs))?"
+    r"(_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>geojson|json|xml|png|tiff?|npy)$",
+    re.IGNORECASE,
+)
+LARGEST = 0.6  # of a patch: no nucleus is that large, a region of tissue or a rectangle is
 
 
 def select_patches(
@@ -46,7 +55,7 @@ def select_patches(
     config, encoder = profile.selection, profile.encoder
     if not strategy.startswith("random"):
         encoder = Encoder(encoder, profile.weights.get(encoder), config.normalise)
-    with task(f"choosing {k1} patches of {len(samples)} images"):
+    with task(f"choosing {k1} patches of {len(samples)} images") as progress:
         selection = select(
             samples,
             strategy,
@@ -58,27 +67,39 @@ def select_patches(
             seed=seed,
             config=config,
             device=pick_device(device),
+            progress=progress,
         )
     by_id = {sample.id: sample for sample in samples}
+    names = unique_names(by_id)
     (out / "patches").mkdir(parents=True, exist_ok=True)
     rows = []
     for rank, patch in enumerate(selection.patches, 1):
         crop = by_id[patch.image_id].region(patch.row, patch.col, patch.size, patch.size)
-        name = f"{rank:02d}_{Path(patch.image_id).name}_r{patch.row}_c{patch.col}.png"
+        name = _patch_file(rank, patch, names)
         Image.fromarray(crop).save(out / "patches" / name)
         rows.append({"rank": rank, **to_plain(patch), "file": f"patches/{name}"})
     for image_id in dict.fromkeys(patch.image_id for patch in selection.patches):
         mine = [(row["rank"], p) for row, p in zip(rows, selection.patches, strict=True) if p.image_id == image_id]
-        path = out / "geojson" / f"{Path(image_id).name}.geojson"
-        path.parent.mkdir(exist_ok=True)
+        path = out / "geojson" / f"{names[image_id]}.geojson"
+        path.parent.mkdir(parents=True, exist_ok=True)
         annotations.write_geojson(path, [p for _, p in mine], ranks=[rank for rank, _ in mine])
     pd.DataFrame(rows).to_csv(out / "patches.csv", index=False)
-    write_text(out / SELECTION_FILE, json.dumps({"images": str(images), **selection.to_dict()}, indent=1))
+    place = str(Path(images).resolve()) if Path(images).exists() else str(images)
+    write_text(out / SELECTION_FILE, json.dumps({"images": place, **selection.to_dict()}, indent=1))
     return selection
 
 
+def _patch_file(rank: int, patch: Patch, names: Mapping[str, str]) -> str:
+    return f"{rank:02d}_{names[patch.image_id].replace('/', '_')}_r{patch.row}_c{patch.col}.png"
+
+
 def import_annotations(
-    selection: str | Path, outlines: str | Path, out: str | Path, partial: bool = False, empty: bool = False
+    selection: str | Path,
+    outlines: str | Path,
+    out: str | Path,
+    partial: bool = False,
+    empty: bool = False,
+    images: str | Path = "",
 ) -> pd.DataFrame:
     """Cut the outlined patches out as a training set: ``images/``, ``labels/`` and ``patches.csv`` in `out`.
 
@@ -89,9 +110,11 @@ def import_annotations(
     outlines
         A folder with one file per image, by the image's name: QuPath ``.geojson``, MoNuSeg ``.xml``, or a label map.
     partial
-        Whether to leave out the patches of images that have no file there yet.
+        Whether to leave out the patches of images that have no file there yet, and those without an outline.
     empty
-        Whether a patch without an outline is background although its image has outlines beyond its patches.
+        Whether a patch without an outline holds no nucleus, so that all of it is background.
+    images
+        Where the images are now; by default where they were when the patches were selected.
 
     Returns
     -------
@@ -101,27 +124,41 @@ def import_annotations(
     Raises
     ------
     WorkflowError
-        If images' outlines are missing, no nucleus was outlined in any patch, or outlines seem to lie in the wrong
-        place. Nothing is written then.
+        If outlines are missing, are too large for nuclei or seem to lie in the wrong place, or `out` holds a training
+        set already. Nothing is written then.
     """
+    out = Path(out)
+    if (out / "patches.csv").exists():
+        raise WorkflowError(f"{out} holds imported patches already; name another folder, or remove this one first")
     record = read_json(Path(selection) / SELECTION_FILE, "run 'nucseg select' first")
     chosen = Selection.from_dict({k: v for k, v in record.items() if k != "images"})
-    samples = {sample.id: sample for sample in load_dataset(record["images"]).samples}
+    place = str(images or record["images"])
+    try:
+        samples = {sample.id: sample for sample in load_dataset(place).samples}
+    except DataError as error:
+        where = "" if images else f" (so says {Path(selection) / SELECTION_FILE}; --images names another place)"
+        raise WorkflowError(f"{error}{where}") from error
     wanted = list(dict.fromkeys(patch.image_id for patch in chosen.patches))
     if lost := [image_id for image_id in wanted if image_id not in samples]:
-        raise WorkflowError(f"image {lost[0]!r} is no longer in {record['images']}; put it back")
-    files = _outline_files(Path(outlines), wanted, partial)
+        raise WorkflowError(f"image {lost[0]!r} is no longer in {place}; put it back")
+    names = unique_names(samples)
+    files = _outline_files(Path(outlines), {image_id: names[image_id] for image_id in wanted}, partial)
     labels_of = {image_id: _read_outlines(path, samples[image_id]) for image_id, path in files.items()}
     patches = [(rank, p) for rank, p in enumerate(chosen.patches, 1) if p.image_id in files]
     counts = [_count(labels_of[patch.image_id][patch.slices]) for _, patch in patches]
-    _check_places(patches, counts, labels_of, Path(outlines), empty)
+    _check_sizes(patches, labels_of, files)
+    left_out = _check_places(patches, counts, labels_of, Path(outlines), partial, empty)
 
-    out, rows = Path(out), []
+    rows = []
     for name in ("images", "labels"):
         (out / name).mkdir(parents=True, exist_ok=True)
     for (rank, patch), nuclei in zip(patches, counts, strict=True):
+        if rank in left_out:
+            continue
         sample, labels = samples[patch.image_id], labels_of[patch.image_id][patch.slices]
-        name = f"{rank:02d}_{Path(patch.image_id).name}_r{patch.row}_c{patch.col}.png"
+        _, inverse = np.unique(np.append(0, labels), return_inverse=True)  # ids of whole slides may exceed 16 bits
+        labels = inverse[1:].reshape(labels.shape)
+        name = _patch_file(rank, patch, names)
         Image.fromarray(sample.region(patch.row, patch.col, patch.size, patch.size)).save(out / "images" / name)
         Image.fromarray(labels.astype(np.uint16)).save(out / "labels" / name)
         rows.append({"rank": rank, **to_plain(patch), "file": name, "nuclei": nuclei})
@@ -130,31 +167,40 @@ def import_annotations(
     return table
 
 
-def _outline_files(folder: Path, image_ids: Sequence[str], partial: bool) -> dict[str, Path]:
+def _outline_files(folder: Path, names: Mapping[str, str], partial: bool) -> dict[str, Path]:
     """Return the file with the outlines of each image, and say which images have none and which files no image."""
-    there = {path.name: path for path in sorted(folder.glob("*")) if path.suffix.lower() in OUTLINES}
+    if not folder.is_dir():
+        raise WorkflowError(f"{folder}: no such folder; give the one with the outlines")
+    there: dict[str, list[Path]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        if match := _OUTLINE_FILE.match(path.name):
+            there.setdefault((path.parent / match["stem"]).relative_to(folder).as_posix(), []).append(path)
     found = {}
-    for image_id in image_ids:
-        names = (f"{Path(image_id).name}{suffix}" for suffix in OUTLINES)
-        if path := next((there.pop(name) for name in names if name in there), None):
-            found[image_id] = path
-    missing = [Path(image_id).name for image_id in image_ids if image_id not in found]
+    for image_id, name in names.items():
+        keys = (name, name.removesuffix(".ome"))
+        if paths := next((there.pop(key) for key in keys if key in there), None):
+            found[image_id], *others = sorted(paths, key=lambda path: OUTLINES.index(path.suffix.lower()))
+            if others:
+                said = ", ".join(path.name for path in others)
+                warnings.warn(f"{name}: outlines are taken from {found[image_id].name}, not from {said}", stacklevel=3)
+    missing = [name for image_id, name in names.items() if image_id not in found]
     if not missing:
         return found
-    message = f"{len(missing)} of {len(image_ids)} images have no outlines in {folder}: {', '.join(missing)}"
+    message = f"{len(missing)} of {len(names)} images have no outlines in {folder}: {', '.join(missing)}"
     if partial and found:
         warnings.warn(f"{message}; their patches are left out", stacklevel=3)
         return found
     message += f". A file is named like its image: {missing[0]}.geojson (QuPath), .xml or a label map"
     if there:
-        message += f"; of no chosen image are {', '.join(there)}"
+        strangers = (path.relative_to(folder).as_posix() for paths in there.values() for path in paths)
+        message += f"; of no chosen image are {', '.join(strangers)}"
     raise WorkflowError(message + ("; --partial goes on without them" if found else ""))
 
 
 def _read_outlines(path: Path, sample: Sample) -> np.ndarray:
-    if path.suffix in {".geojson", ".json"}:
+    if path.suffix.lower() in {".geojson", ".json"}:
         return annotations.read_geojson(path, sample.shape)
-    if path.suffix == ".xml":
+    if path.suffix.lower() == ".xml":
         return annotations.read_xml(path, sample.shape)
     labels = annotations.read_labels(path)
     if labels.shape != sample.shape:
@@ -166,14 +212,33 @@ def _count(labels: np.ndarray) -> int:
     return int(np.unique(labels[labels > 0]).size)
 
 
+def _check_sizes(
+    patches: Sequence[tuple[int, Patch]], labels_of: Mapping[str, np.ndarray], files: Mapping[str, Path]
+) -> None:
+    """Raise where one outline is as large as a patch: a region of tissue, or a patch's rectangle."""
+    for rank, patch in patches:
+        labels = labels_of[patch.image_id]
+        inside = np.bincount(labels[patch.slices].ravel())
+        inside[0] = 0
+        largest = int(inside.argmax())
+        if inside[largest] > LARGEST * patch.size**2:
+            box = ndimage.find_objects((labels == largest).astype(np.uint8))[0]
+            raise WorkflowError(
+                f"{files[patch.image_id]}: one outline covers {inside[largest] / patch.size**2:.0%} of patch {rank}, "
+                f"from row {box[0].start} to {box[0].stop} and column {box[1].start} to {box[1].stop} of the image; no "
+                "nucleus is that large. Is it a region of tissue, or the patch's rectangle? Delete it"
+            )
+
+
 def _check_places(
     patches: Sequence[tuple[int, Patch]],
     counts: Sequence[int],
     labels_of: Mapping[str, np.ndarray],
     folder: Path,
+    partial: bool,
     empty: bool,
-) -> None:
-    """Raise where outlines were drawn, but not in the chosen patches; warn of patches that may be empty."""
+) -> set[int]:
+    """Return the ranks of the patches to leave out; raise where patches without an outline are not explained."""
     beyond = {}
     for image_id, labels in labels_of.items():
         rest = labels.copy()
@@ -186,13 +251,17 @@ def _check_places(
         elsewhere = sum(beyond.values())
         why = f"{elsewhere} outlines in {folder} lie elsewhere: {hint}" if elsewhere else f"{folder} holds no outline"
         raise WorkflowError(f"no nucleus is outlined inside any chosen patch; {why}")
-    for (rank, patch), nuclei in zip(patches, counts, strict=True):
-        if nuclei:
-            continue
-        message = f"patch {rank} of {patch.image_id} has no nucleus outlined in it"
-        if beyond[patch.image_id] and not empty:
-            raise WorkflowError(
-                f"{message}, but {beyond[patch.image_id]} outlines of that image lie beyond its patches: {hint} "
-                "If the patch holds no nucleus, --empty says so"
-            )
+    without = [(rank, patch) for (rank, patch), nuclei in zip(patches, counts, strict=True) if not nuclei]
+    if not without:
+        return set()
+    listed = ", ".join(f"{rank} of {patch.image_id}" for rank, patch in without)
+    message = f"no nucleus is outlined in patch {listed}"
+    if empty:
         warnings.warn(f"{message}: all of it is taken for background", stacklevel=3)
+        return set()
+    if partial:
+        warnings.warn(f"{message}: left out", stacklevel=3)
+        return {rank for rank, _ in without}
+    if elsewhere := sum(beyond[image_id] for image_id in {patch.image_id for _, patch in without}):
+        message += f", but {elsewhere} outlines of the same images lie beyond the patches: {hint}"
+    raise WorkflowError(f"{message}. --empty says that such a patch holds none, --partial leaves it out for now")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy import ndimage
 
 from nucseg import annotations, metrics
 from nucseg.workflow.base import WorkflowError
@@ -21,9 +24,12 @@ def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
     true_files, predicted_files = _label_files(truth), _label_files(predicted)
     if missing := sorted(set(true_files) - set(predicted_files)):
         raise WorkflowError(f"{predicted}: no prediction for {', '.join(missing[:5])} ({len(missing)} in all)")
+    if extra := sorted(set(predicted_files) - set(true_files)):
+        warnings.warn(f"no truth for {len(extra)} predictions, left out: {', '.join(extra[:5])}", stacklevel=2)
     rows = []
     for name, path in true_files.items():
         pair = annotations.read_labels(path), annotations.read_labels(predicted_files[name], binary=False)
+        _warn_of_a_mask(predicted_files[name], pair[1])
         if pair[0].shape != pair[1].shape:
             raise WorkflowError(f"{path} is {pair[0].shape}, but {predicted_files[name]} is {pair[1].shape}")
         rows.append({"image_id": name, **metrics.evaluate(*pair)})
@@ -32,8 +38,20 @@ def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame([{"image_id": "mean", **mean}])], ignore_index=True)
 
 
+def _warn_of_a_mask(path: Path, labels: np.ndarray) -> None:
+    ids = np.unique(labels[labels > 0])
+    pieces = ndimage.label(labels > 0)[1] if ids.size == 1 else 0
+    if pieces > 1:
+        warnings.warn(
+            f"{path}: one id, {ids[0]}, in {pieces} pieces: counts as one nucleus; is it a mask and no label map?",
+            stacklevel=3,
+        )
+
+
 def _label_files(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
+    if not folder.is_dir():
+        raise WorkflowError(f"{folder}: no such folder; give one with label maps")
     folder = folder / "labels" if (folder / "labels").is_dir() else folder
     files = {p.stem: p for p in sorted(folder.glob("*")) if p.suffix.lower() in {".png", ".tif", ".tiff", ".npy"}}
     if not files:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nucseg import annotations, models
@@ -23,11 +24,11 @@ from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import Segmenter
 from nucseg.profiles import Profile
 from nucseg.progress import task
-from nucseg.selection.content import GLASS
+from nucseg.selection.content import shows_tissue
 from nucseg.stages import MODEL_CODE
 from nucseg.store import code_version, write_text
 from nucseg.training import TrainingConfig, TrainingResult, train
-from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json
+from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json, unique_names
 
 UNLABELLED_PIXELS = 64_000_000  # of all images without outlines: half a gigabyte with their place for labels
 TISSUE = 0.5  # least share of tissue in a window of a large image, as far as one is found
@@ -197,7 +198,7 @@ def unlabelled_views(samples: Sequence[Sample], pixels: int, seed: int = 0, side
             for _ in range(10):
                 row, col = (int(rng.integers(a - b + 1)) for a, b in zip(sample.shape, (height, width), strict=True))
                 view = sample.region(row, col, height, width)
-                if (view.min(axis=2) < GLASS).mean() >= TISSUE:
+                if shows_tissue(view).mean() >= TISSUE:
                     break
             views.append(view)
     return views
@@ -208,7 +209,11 @@ def load_model(folder: str | Path, device: str = "") -> Segmenter:
     record = read_json(Path(folder) / MODEL_FILE, "run 'nucseg train' first")
     config = from_mapping(models.config_class(record["segmenter"]), record["config"], f"{folder}: config")
     model = models.build(record["segmenter"], encoder=record["encoder"], config=config, pretrained=False)
-    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    path = Path(folder) / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise WorkflowError(f"{path}: damaged, or not of {MODEL_FILE} beside it ({error}); train it again") from error
     return model.to(pick_device(device)).eval()
 
 
@@ -220,14 +225,14 @@ def predict_folder(model: str | Path, images: str | Path, out: str | Path, devic
     segmenter = load_model(model, device)
     samples = list(load_dataset(str(images)).samples)
     out = Path(out)
-    for name in ("labels", "geojson"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, names = [], unique_names([sample.id for sample in samples])
     with task("segmenting", len(samples)) as progress:
         # On a GPU the network goes on with the next image while processes separate this one's nuclei.
         found = run_ahead((segmenter.begin(sample.image) for sample in samples), workers_for(segmenter, len(samples)))
         for i, (sample, (labels, scores)) in enumerate(zip(samples, found, strict=True)):
-            stem = Path(sample.id).name
+            stem = names[sample.id]
+            for name in ("labels", "geojson"):
+                (out / name / stem).parent.mkdir(parents=True, exist_ok=True)
             annotations.write_labels(out / "labels" / f"{stem}.tif", labels)
             annotations.write_geojson(out / "geojson" / f"{stem}.geojson", labels)
             rows.append(
