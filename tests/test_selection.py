@@ -17,6 +17,7 @@ from torch import nn
 
 from nucseg.config import ConfigError, from_mapping
 from nucseg.encoders import Encoder
+from nucseg.patches import Patch
 from nucseg.selection import (
     STRATEGIES,
     PatchFeatures,
@@ -325,11 +326,8 @@ def test_a_large_image_is_read_in_bands_and_gives_the_same_patches(monkeypatch):
     assert len(large.read) > 4
     assert max(bottom - top for top, bottom in large.read) <= 50
     assert not ((whole.rows < 20) & (whole.cols == 0)).any()  # black is no tissue
-    chosen = select([large], "kmeans", 3, 2, size=32, step=8, encoder=encoder, config=config, device="cpu")
-    assert (
-        chosen.patches
-        == select([small], "kmeans", 3, 2, size=32, step=8, encoder=encoder, config=config, device="cpu").patches
-    )
+    chosen = [select([s], "kmeans", 3, 2, encoder=encoder, config=config, device="cpu") for s in (large, small)]
+    assert chosen[0].patches == chosen[1].patches
 
 
 def test_the_share_of_overlapping_patches_needs_no_mask_of_the_image():

@@ -182,7 +182,7 @@ def test_a_region_of_tissue_is_no_nucleus(one_patch, first):
     tissue = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [
         [[0, 0], [192, 0], [190, 160], [0, 160], [0, 0]]]}, "properties": {"objectType": "annotation"}}  # fmt: skip
     if first:
-        with pytest.raises(WorkflowError, match="covers 100% of patch 1"):
+        with pytest.raises(WorkflowError, match=r"covers \d+% of patch 1"):
             read(features=[tissue])
     with pytest.raises(WorkflowError, match=r"covers \d+% of patch 1, from row 0 to 160 .*region of tissue"):
         read(labels=nuclei_in(patch), features=[tissue])
@@ -290,11 +290,11 @@ def test_a_mask_in_the_place_of_a_prediction_and_predictions_too_many_are_told(s
     annotations.write_labels(tmp_path / "true" / "a.tif", labels)
     annotations.write_labels(tmp_path / "predicted" / "b.tif", labels)
     Image.fromarray(((labels > 0) * 255).astype(np.uint8)).save(tmp_path / "predicted" / "a.png")
-    with pytest.warns(UserWarning) as told:
+    with (
+        pytest.warns(UserWarning, match="one id, 255, in"),
+        pytest.warns(UserWarning, match="no truth for 1 predictions, left out: b"),
+    ):
         workflow.evaluate_folders(tmp_path / "true", tmp_path / "predicted")
-    said = " ".join(str(each.message) for each in told)
-    assert "one id, 255, in" in said
-    assert "no truth for 1 predictions, left out: b" in said
     with pytest.raises(WorkflowError, match="no such folder"):
         workflow.evaluate_folders(tmp_path / "absent", tmp_path / "predicted")
 
