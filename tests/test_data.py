@@ -450,6 +450,15 @@ def test_planes_one_after_the_other_are_read_like_any_image(tmp_path):
     np.testing.assert_array_equal(read_region(path, 3, 4, 3, 6), RGB[3:6, 4:10])
 
 
+def test_images_of_other_kinds_are_left_out_and_named(tmp_path):
+    _write(tmp_path / "a.png", RGB)
+    for name in ("b.gif", "c.JP2", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.warns(ImageWarning, match=r"left out, of a kind that cannot be read here: b.gif, c.JP2$"):
+        found = load_dataset(str(tmp_path))
+    assert [sample.id for sample in found.samples] == ["a"]
+
+
 def test_what_is_transparent_is_white_and_the_rest_as_it_is(tmp_path):
     opaque = np.full((40, 50), 255, np.uint8)
     opaque[:, :10], opaque[:, 10:20] = 0, 128

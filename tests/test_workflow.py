@@ -376,6 +376,19 @@ def test_a_stopped_training_goes_on_to_the_same_model(training_set, slides, tmp_
     assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["model.json", "model.safetensors"]
 
 
+def test_images_without_labels_are_named_and_left_out(training_set, slides, tmp_path):
+    shutil.copytree(training_set[0], tmp_path / "set")
+    shutil.copy(slides[0] / "slide_a.png", tmp_path / "set" / "images" / "later.png")
+    with pytest.warns(UserWarning, match="1 images have no label map and are left out: later"):
+        workflow.train_folder(tmp_path / "set", tmp_path / "model", "hoverlite", PROFILE)
+    record = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert record["data"]["images"] == 3
+    (tmp_path / "small").mkdir()
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "small" / "tiny.png")
+    with pytest.raises(WorkflowError, match="tiny: at least 32 pixels a side, got 20 x 40"):
+        workflow.predict_folder(tmp_path / "model", tmp_path / "small", tmp_path / "out")
+
+
 def test_without_a_profile_the_one_for_slides_is_taken_and_named(training_set, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(workflow, "train_folder", lambda *a: asked.append(a[3].name) or _Trained(1.0, [{"total": 1.0}]))

@@ -9,11 +9,12 @@ is train.
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 from nucseg.annotations.errors import DataError
 from nucseg.data.dataset import SPLITS, Dataset, MissingData, Sample
-from nucseg.data.images import IMAGE_SUFFIXES
+from nucseg.data.images import IMAGE_SUFFIXES, ImageWarning
 from nucseg.data.layouts import walk
 from nucseg.data.sources import FileSource
 
@@ -22,6 +23,7 @@ LABEL_FOLDERS = ("labels", "label", "masks", "annotations", "label_maps")
 LABEL_FILE = re.compile(
     r"^(?P<stem>.+?)(?P<kind>_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>png|tiff?|npy|xml|geojson)$"
 )
+UNREAD = (".gif", ".jp2", ".j2k", ".dcm", ".czi", ".lif", ".vsi", ".bif", ".heic", ".avif")  # images all the same
 DEPTH = 3
 PREFERENCE = (".geojson", ".xml", ".npy", ".tif", ".tiff", ".png")  # drawn outlines before rasters, where both exist
 
@@ -65,6 +67,7 @@ def load(folder: str | Path) -> Dataset:
 def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
     images: dict[tuple[Path, str], Path] = {}
     labels: dict[tuple[Path, str], Path] = {}
+    unread: list[str] = []
     for folder, names in walk(root, DEPTH):
         kind = folder.name.lower()
         home = folder.parent if kind in IMAGE_FOLDERS + LABEL_FOLDERS and folder != root else folder
@@ -82,6 +85,11 @@ def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
                 if key in images:
                     raise DataError(f"{images[key]} and {path} are two images of one name; rename or remove one")
                 images[key] = path
+            elif path.suffix.lower() in UNREAD and kind not in LABEL_FOLDERS:
+                unread.append(name)
+    if images and unread:
+        said = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+        warnings.warn(f"{root}: left out, of a kind that cannot be read here: {said}", ImageWarning, stacklevel=3)
     samples = []
     for (home, stem), path in sorted(images.items()):
         below = home.relative_to(root)

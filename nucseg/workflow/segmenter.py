@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,11 @@ def train_folder(
     data = load_dataset(str(dataset))
     others = list(load_dataset(str(unlabelled)).samples) if unlabelled else []
     pairs = [(sample.image, sample.labels) for sample in data.train if sample.labels is not None]
+    without = [sample.id for sample in data.train if not sample.labelled]
+    if pairs and without:
+        warnings.warn(
+            f"{len(without)} images have no label map and are left out: {', '.join(without[:5])}", stacklevel=2
+        )
     if not pairs:
         raise WorkflowError(f"{dataset}: no image has a label map; outline some and run 'nucseg import-annotations'")
     if not any(labels.any() for _, labels in pairs):
@@ -225,6 +231,9 @@ def predict_folder(model: str | Path, images: str | Path, out: str | Path, devic
     segmenter = load_model(model, device)
     samples = list(load_dataset(str(images)).samples)
     out = Path(out)
+    for sample in samples:  # before hours of work end at the last one
+        if min(sample.shape) < 32:
+            raise WorkflowError(f"{sample.id}: at least 32 pixels a side, got {sample.shape[0]} x {sample.shape[1]}")
     rows, names = [], unique_names([sample.id for sample in samples])
     with task("segmenting", len(samples)) as progress:
         # On a GPU the network goes on with the next image while processes separate this one's nuclei.
