@@ -121,7 +121,7 @@ def test_outlines_drawn_on_the_picture_of_a_patch_are_no_background(slides, tmp_
     labels[10:20, 80:90], labels[100:110, 20:30] = 1, 2
     annotations.write_geojson(tmp_path / "slide_a.geojson", labels)
     with pytest.raises(
-        WorkflowError, match=r"in patch 2 of .* but 1 outlines of the same images lie beyond .*PNG of a patch.*--empty"
+        WorkflowError, match=r"in patch 2 of .* but 1 outlines of the same images lie beyond .*PNG of a patch. --empty"
     ):
         workflow.import_annotations(tmp_path / "picks", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -218,15 +218,17 @@ def _check_sizes(
     """Raise where one outline is as large as a patch: a region of tissue, or a patch's rectangle."""
     for rank, patch in patches:
         labels = labels_of[patch.image_id]
-        inside = np.bincount(labels[patch.slices].ravel())
-        inside[0] = 0
-        largest = int(inside.argmax())
-        if inside[largest] > LARGEST * patch.size**2:
-            box = ndimage.find_objects((labels == largest).astype(np.uint8))[0]
+        ids, pixels = np.unique(labels[patch.slices], return_counts=True)
+        ids, pixels = ids[ids > 0], pixels[ids > 0]
+        if not ids.size:
+            continue
+        largest, share = ids[pixels.argmax()], pixels.max() / patch.size**2
+        ((rows, cols),) = ndimage.find_objects((labels == largest).astype(np.uint8))
+        if share > LARGEST or min(rows.stop - rows.start, cols.stop - cols.start) >= patch.size:
             raise WorkflowError(
-                f"{files[patch.image_id]}: one outline covers {inside[largest] / patch.size**2:.0%} of patch {rank}, "
-                f"from row {box[0].start} to {box[0].stop} and column {box[1].start} to {box[1].stop} of the image; no "
-                "nucleus is that large. Is it a region of tissue, or the patch's rectangle? Delete it"
+                f"{files[patch.image_id]}: one outline covers {share:.0%} of patch {rank}, from row {rows.start} to "
+                f"{rows.stop} and column {cols.start} to {cols.stop} of the image; no nucleus is that large. Is it a "
+                "region of tissue, or the patch's rectangle? Delete it"
             )
 
 
@@ -246,7 +248,7 @@ def _check_places(
         touched = np.unique(np.concatenate([part.ravel() for part in inside]))
         rest[np.isin(rest, touched)] = 0
         beyond[image_id] = _count(rest)
-    hint = "outlines count on the whole image; were they drawn on the PNG of a patch?"
+    hint = "outlines count on the whole image, not on the PNG of a patch"
     if not any(counts):
         elsewhere = sum(beyond.values())
         why = f"{elsewhere} outlines in {folder} lie elsewhere: {hint}" if elsewhere else f"{folder} holds no outline"
