@@ -123,8 +123,8 @@ def write(first: str, second: str, dataset: str, reference: str = "") -> tuple[P
     paths = folder / f"{file}.csv", folder / f"{file}.md"
     write_text(paths[0], frame.to_csv(index=False, float_format="%.6g"))
     shown = frame if (frame["row"] != frame["against"]).any() else frame.drop(columns="against")
-    about = [f"{name}: {data_of(_lines_of(measured_of(profile, dataset)))}." for name, profile in
-             dict(zip(names, (first, second), strict=True)).items()]  # fmt: skip
+    used = dict(zip(names, (first, second), strict=True))  # one line where a profile is compared with itself
+    about = [f"{name}: {data_of(_lines_of(measured_of(profile, dataset)))}." for name, profile in used.items()]
     notes = (*about, READING, *[OVER_SEEDS] * bool(frame["seeds p"].notna().any()))
     write_text(paths[1], formats.markdown(caption, *formats.cells(shown), notes))
     return paths

@@ -62,7 +62,7 @@ def _systems(measured: list[Measured], drawn: set[str]) -> dict[str, str]:
             continue
         e = one.found[0]
         name = names.get(one.row.id) or arm_in_words(e.selection, e.augmentation, e.rounds, one.teacher)
-        systems[f"{name}\n[{e.segmenter}]" if e.segmenter != one.row.spec.segmenter else name] = run
+        systems.setdefault(f"{name}\n[{e.segmenter}]" if e.segmenter != one.row.spec.segmenter else name, run)
     return systems
 
 

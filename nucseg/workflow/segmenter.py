@@ -142,7 +142,7 @@ class _Begun:
     """What a training that is not finished has left in its folder, by names that stand for all it depends on."""
 
     def __init__(self, folder: Path, what: list):
-        what = [*what, code_version(*MODEL_CODE, "nucseg.mean_teacher", "nucseg.workflow")]
+        what = [*what, code_version(*MODEL_CODE, "nucseg.mean_teacher", "nucseg.workflow.segmenter")]
         self.folder = folder
         self.key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         self.first = folder / f".{self.key}.first.safetensors"  # the model between the two trainings

@@ -28,12 +28,12 @@ mapfile -t files < <(grep -lF '@pytest.mark.gpu' tests/test_*.py)
 side_by_side=()
 "$python" -c 'import xdist' 2> /dev/null && side_by_side=(-n 4 --dist loadfile)
 part kernels 60 "$python" -m pytest -q -W default -p no:cacheprovider tests/test_kernels.py
-part tests 100 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${side_by_side[@]}" "${files[@]}"
+part tests 90 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${side_by_side[@]}" "${files[@]}"
 part norm 30 "$python" tests/bench/bench_norm.py --out "$out/norm.json"
 part conv 30 "$python" tests/bench/bench_conv.py --out "$out/conv.json"
-part gan 150 "$python" tests/bench/bench_gan.py --seconds 4 --out "$out/gan.json"
-part training 150 "$python" tests/bench/bench_training.py --out "$out/training.json"
-part inference 60 "$python" tests/bench/bench_inference.py --images 4 --size 4000
+part gan 120 "$python" tests/bench/bench_gan.py --seconds 4 --out "$out/gan.json"
+part training 120 "$python" tests/bench/bench_training.py --out "$out/training.json"
+part inference 50 "$python" tests/bench/bench_inference.py --images 4 --size 4000
 if [ -n "${NUCSEG_DATA:-}" ]; then
   part selection 75 "$python" tests/bench/bench_cps.py --random-weights --out "$out/selection.json"
 fi
