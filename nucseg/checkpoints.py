@@ -62,8 +62,11 @@ class Checkpoint:
 
     def _write(self, state: dict[str, Any]) -> None:
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        torch.save(state, part)
-        os.replace(part, self.path)
+        try:
+            torch.save(state, part)
+            os.replace(part, self.path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget the state of a finished training."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -54,19 +55,21 @@ def reproduce(
 ) -> None:
     """Run the five notebooks by papermill: selection, masks, CSinGAN, segmentation, tables and figures."""
     from nucseg import notebooks
-    from nucseg.profiles import load_profile
+    from nucseg.profiles import absolute_arguments, load_profile
     from nucseg.store import home, published
 
     settings = load_profile(profile)
     data = dataset or settings.dataset
     start = notebooks.find(first).stem
-    root = str(Path(data_root).expanduser().resolve()) if data_root else ""
-    _require_data(data, root)
+    _require_data(data, data_root)
     folder = home() / "runs" / settings.name / "notebooks" / Path(data).name
-    options = {"--profile": profile, "--dataset": dataset, "--data-root": root}
-    resume = " ".join(["nucseg reproduce", *(f"{name} {value}" for name, value in options.items() if value)])
+    options = {"--profile": profile, "--dataset": dataset, "--data-root": data_root, "--from": first}
+    given = [word for name, value in options.items() if value for word in (name, value)]
+    resume = shlex.join(["nucseg", "reproduce", *given])
+    # A notebook runs in a folder of its own.
+    found = absolute_arguments(profile, dataset, data_root)
     pages = notebooks.reproduce(
-        {"profile": profile, "dataset": dataset, "data_root": root},
+        dict(zip(("profile", "dataset", "data_root"), found, strict=True)),
         folder,
         settings.minutes,
         [name for name in notebooks.NOTEBOOKS if name >= start],
@@ -409,7 +412,8 @@ def _require_data(dataset: str, root: str) -> None:
     """Say that data are missing before the first kernel starts."""
     from nucseg.data import load_dataset
 
-    load_dataset(dataset, root or None)
+    found = load_dataset(dataset, root or None)
+    found.measurable("train"), found.measurable("test")
 
 
 def main() -> None:

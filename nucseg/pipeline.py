@@ -25,7 +25,13 @@ class Pipeline(Stages):
         """Run an experiment and return its rows for ``results.csv``: the last round's, and the best one's.
 
         The best round is the one with the highest validation AJI; the last one is what the paper reports.
+
+        Raises
+        ------
+        nucseg.data.MissingData
+            Before anything is made, if there are no training or no test images with labels.
         """
+        self.dataset.measurable("train"), self.dataset.measurable("test")
         if experiment.supervision == "full":
             share, outlined = 1.0, [(sample.id, sample.labels) for sample in self.dataset.train]
         else:
@@ -39,7 +45,7 @@ class Pipeline(Stages):
         frames = []
         for r in sorted({best, experiment.rounds}):
             result = self.evaluated(experiment, r)
-            frame = pd.read_csv(result.path / "metrics.csv", dtype={"image_id": str})
+            frame = self.scores(experiment, r)
             known = {
                 "profile": self.profile.name,
                 "fingerprint": self.dataset.fingerprint,

@@ -24,10 +24,10 @@ from nucseg import gan, metrics, models
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
-from nucseg.encoders import Encoder, weights_version
+from nucseg.encoders import Encoder, weights_file, weights_version
 from nucseg.experiments import Experiment
 from nucseg.inference import predict_all
-from nucseg.masks import synthesize_with_report
+from nucseg.masks import holds_nucleus, synthesize_with_report
 from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import RANDOM, Segmenter
 from nucseg.profiles import Profile, load_profile
@@ -38,13 +38,20 @@ from nucseg.store import Result, Store, beside, home
 from nucseg.training import train
 
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
+KINDS = ("image", "labels")  # of the arrays of a pair in a file
 
-SELECTION_CODE = ("nucseg.selection", "nucseg.encoders")
+# The modules whose code makes each stage's result; a test sees to it that all they import is named too.
 KERNEL_CODE = ("nucseg.norm_act", "nucseg.recording", "nucseg.kernels")
+SELECTION_CODE = ("nucseg.selection", "nucseg.encoders", *KERNEL_CODE)
+MASK_CODE = ("nucseg.masks", "nucseg.labels")
+SYNTHESIS_CODE = ("nucseg.gan", "nucseg.labels", *KERNEL_CODE)
 MODEL_CODE = (
     *("nucseg.models", "nucseg.training", "nucseg.schedule", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
-    *("nucseg.inference", "nucseg.encoders", *KERNEL_CODE),
+    *("nucseg.inference", "nucseg.encoders", "nucseg.labels", *KERNEL_CODE),
 )
+TEACHER_CODE = (*MODEL_CODE, "nucseg.mean_teacher")
+PSEUDO_CODE = (*MODEL_CODE, "nucseg.pseudo", "nucseg.mean_teacher")
+EVALUATION_CODE = ("nucseg.metrics", *MODEL_CODE)
 
 
 class Stages:
@@ -124,6 +131,7 @@ class Stages:
                     step=config.step,
                     seed=experiment.seed,
                     config=config,
+                    encoder=self.profile.encoder,
                     features=None if random else self.features(),
                     device=self.device,
                 )
@@ -147,11 +155,11 @@ class Stages:
     # -- more pairs --------------------------------------------------------------------------------------------
 
     def sources(self, experiment: Experiment) -> list[Pair]:
-        """Return the annotated patches that hold a nucleus: without one there is nothing to lay out or to paint.
+        """Return the annotated patches with a nucleus of `MaskConfig.min_area`: the others have nothing to lay out.
 
-        Such patches are chosen from sparse tissue; they stay in the training set as true background.
+        Those come from sparse tissue, or hold the rims of nuclei alone; they stay in the training set all the same.
         """
-        pairs = [pair for pair in self.annotated(experiment) if pair[1].any()]
+        pairs = [pair for pair in self.annotated(experiment) if holds_nucleus(pair[1], self.profile.masks.min_area)]
         if not pairs:
             raise ValueError(f"{experiment.selection}: no chosen patch holds a nucleus, so nothing can be synthesised")
         return pairs
@@ -174,7 +182,7 @@ class Stages:
             return {"sparser_than_wanted": sparse, "patches_without_nuclei": experiment.k1 - len(pairs)}
 
         what = ("patches with nuclei", config, size, count, experiment.seed)
-        return self.store.get("masks", what, make, [self.selected(experiment).key], ["nucseg.masks"])
+        return self.store.get("masks", what, make, [self.selected(experiment).key], MASK_CODE)
 
     def masks(self, experiment: Experiment) -> np.ndarray:
         """Return the synthetic label maps of each of `sources`, (sources, count, size, size) int32."""
@@ -220,7 +228,7 @@ class Stages:
             (name, config, experiment.seed, self.device.type),
             make,
             inputs,
-            ["nucseg.gan", *KERNEL_CODE],
+            SYNTHESIS_CODE,
         )
 
     def synthesiser(self, experiment: Experiment) -> gan.Synthesizer:
@@ -334,10 +342,10 @@ class Stages:
             inputs.append(self.pseudo_labelled(experiment, after).key)
         what = self.model_settings(experiment) | {"seed": experiment.seed, "device": self.device.type}
         start, weights = self._start_of(name)
-        if weights is not None or start == self.profile.segmenter_encoder:
+        if weights_file(start, weights) or start == self.profile.segmenter_encoder:
             what["weights"] = weights_version(start, weights)
         what |= {"teacher": pseudo.teacher, "round": after} if taught else {}
-        return self.store.get("model", what, make, inputs, (*MODEL_CODE, *["nucseg.mean_teacher"] * taught))
+        return self.store.get("model", what, make, inputs, TEACHER_CODE if taught else MODEL_CODE)
 
     def model_settings(self, experiment: Experiment) -> dict:
         """Return what the profile says of an experiment's segmenter and of its training."""
@@ -389,21 +397,19 @@ class Stages:
             predict = self.model(experiment, after - 1).predict_instances
             with task(f"pseudo labels, round {after}"):
                 made = pseudo_pairs(predict, images, annotated, config, experiment.seed + after)
-            crops = np.stack([image for image, _ in made.pairs])
-            labels = np.stack([labels for _, labels in made.pairs])  # int32: they may be unknown
-            np.savez_compressed(folder / "pairs.npz", images=crops, labels=labels)
+            # One array each: of images smaller than a crop they differ in size. int32, since pixels may be unknown.
+            arrays = {f"{kind}{i}": a for i, pair in enumerate(made.pairs) for kind, a in zip(KINDS, pair, strict=True)}
+            np.savez_compressed(folder / "pairs.npz", **arrays)
             return {"kept": made.kept, "dropped": made.dropped}
 
         inputs = [self.trained(experiment, after - 1).key]
         what = {name: value for name, value in to_plain(config).items() if name not in ("method", "teacher")}
-        return self.store.get(
-            "pseudo", (what, after, experiment.seed), make, inputs, ["nucseg.pseudo", "nucseg.labels"]
-        )
+        return self.store.get("pseudo", (what, after, experiment.seed), make, inputs, PSEUDO_CODE)
 
     def pseudo(self, experiment: Experiment, after: int) -> list[Pair]:
         """Return the pseudo-labelled crops that round `after` adds."""
         with np.load(self.pseudo_labelled(experiment, after).path / "pairs.npz", allow_pickle=False) as arrays:
-            return list(zip(arrays["images"], arrays["labels"].astype(np.int32), strict=True))
+            return [tuple(arrays[f"{kind}{i}"] for kind in KINDS) for i in range(len(arrays) // 2)]
 
     # -- numbers -----------------------------------------------------------------------------------------------
 
@@ -412,23 +418,27 @@ class Stages:
 
         def make(folder: Path) -> dict:
             model = self.model(experiment, after)
-            rows, predictions = [], {}
-            with task("test images", len(self.dataset.test)) as progress:
-                found = predict_all(model, [sample.image for sample in self.dataset.test])
-                for i, (sample, labels) in enumerate(zip(self.dataset.test, found, strict=True)):
-                    predictions[sample.id] = labels.astype(np.uint16)
-                    scores = metrics.evaluate(sample.labels, predictions[sample.id].astype(np.int32))
+            test, rows, predictions = self.dataset.measurable("test"), [], {}
+            with task("test images", len(test)) as progress:
+                found = predict_all(model, [sample.image for sample in test])
+                for i, (sample, labels) in enumerate(zip(test, found, strict=True)):
+                    predictions[f"labels{i}"] = labels.astype(np.min_scalar_type(int(labels.max(initial=0))))
+                    scores = metrics.evaluate(sample.labels, labels)
                     rows.append({"image_id": sample.id, "organ": sample.organ, "seen": int(sample.seen), **scores})
                     progress.update(i + 1)
             pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
-            np.savez_compressed(folder / "predictions.npz", **predictions)
+            ids = np.array([sample.id for sample in test])  # any name may be an image's
+            np.savez_compressed(folder / "predictions.npz", ids=ids, **predictions)
             return {"aji": float(np.mean([row["aji"] for row in rows]))}
 
-        return self.store.get(
-            "evaluation", {}, make, [self.trained(experiment, after).key], ["nucseg.metrics", *MODEL_CODE]
-        )
+        return self.store.get("evaluation", {}, make, [self.trained(experiment, after).key], EVALUATION_CODE)
 
     def predictions(self, experiment: Experiment, after: int = 0) -> dict[str, np.ndarray]:
         """Return the label map that an experiment predicts for each test image, by image id."""
         with np.load(self.evaluated(experiment, after).path / "predictions.npz", allow_pickle=False) as arrays:
-            return {name: arrays[name].astype(np.int32) for name in arrays}
+            return {str(name): arrays[f"labels{i}"].astype(np.int32) for i, name in enumerate(arrays["ids"])}
+
+    def scores(self, experiment: Experiment, after: int = 0) -> pd.DataFrame:
+        """Return what an experiment measured on each test image."""
+        path = self.evaluated(experiment, after).path / "metrics.csv"
+        return pd.read_csv(path, dtype={"image_id": str, "organ": str}, keep_default_na=False)

@@ -150,7 +150,8 @@ class Store:
             if found := self._read(place):  # another process made it while this one waited
                 return found
             for left_over in place.parent.glob(f".{key}.*.part"):  # of a killed run: we hold the lock
-                shutil.rmtree(left_over)
+                _remove(left_over)
+            _remove(place)  # a result that somebody has begun to delete, or nothing
             if found := self._taken(place):
                 return found
             self.check_time(stage)
@@ -208,6 +209,14 @@ class Store:
         for meta in sorted((self.root / stage).glob("*/meta.json")):
             if not meta.parent.name.startswith("."):
                 yield Result(meta.parent, meta.parent.name, json.loads(meta.read_text()))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file (a checkpoint that was being written), or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def beside(folder: Path, name: str) -> Path:

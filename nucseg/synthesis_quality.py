@@ -23,6 +23,7 @@ from nucseg.encoders import Encoder
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.synthesis import figure_systems
 from nucseg.gan.quality import assess, colour_contrast
+from nucseg.masks import holds_nucleus
 from nucseg.paper import row, rows
 from nucseg.patches import Patch
 from nucseg.pipeline import Pair, Pipeline
@@ -102,7 +103,7 @@ def sources(run: Pipeline, experiment: Experiment) -> list[Source]:
     """Return the annotated patches that hold nuclei, in the order of `Pipeline.sources`, with their held-out ones."""
     patches, result = run.selection(experiment).patches, []
     for k, (patch, pair) in enumerate(zip(patches, run.annotated(experiment), strict=True)):
-        if not pair[1].any():
+        if not holds_nucleus(pair[1], run.profile.masks.min_area):
             continue
         sample = run.dataset.sample(patch.image_id)
         taken = [each for each in patches if each.image_id == patch.image_id]

@@ -11,6 +11,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nucseg import models
 from nucseg.config import ConfigError, from_mapping
 from nucseg.labels import IGNORE
 from nucseg.metrics import aji
@@ -18,7 +19,6 @@ from nucseg.models.boxes import Targets, known_cells, mask_targets, targets_from
 from nucseg.models.heads import group_norm
 from nucseg.models.maskrcnn import MaskRCNN, MaskRCNNConfig
 from nucseg.models.pffnet import (
-    DPMSFF,
     DPMSFFConfig,
     DualMaskHead,
     PFFNet,
@@ -54,7 +54,7 @@ OLD = {"rpn_score", "rpn_box", "score", "box", "mask"}
 
 def new_model(config: PFFNetConfig = TINY) -> PFFNet:
     torch.manual_seed(0)
-    return (DPMSFF if isinstance(config, DPMSFFConfig) else PFFNet)("efficientnet_lite0", config)
+    return PFFNet("efficientnet_lite0", config)
 
 
 @pytest.fixture(scope="module")
@@ -601,11 +601,11 @@ def test_an_image_without_nuclei_and_odd_sizes_are_predicted(learnt):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("network", "config"), [(PFFNet, TINY), (DPMSFF, TINY_DPMSFF)])
-def test_on_a_gpu_the_loss_falls_in_bf16_and_some_or_no_nuclei_are_detected(network, config):
+@pytest.mark.parametrize("config", [TINY, TINY_DPMSFF])
+def test_on_a_gpu_the_loss_falls_in_bf16_and_some_or_no_nuclei_are_detected(config):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = network("efficientnet_lite0", dataclasses.replace(config, batch_norm="train"), pretrained=False).cuda()
+        model = PFFNet("efficientnet_lite0", dataclasses.replace(config, batch_norm="train"), pretrained=False).cuda()
     settings = TrainingConfig(iterations=30, batch=4, crop=64, precision="bf16", log_every=1, validate_every=0)
     curve = train(model, [discs(5, seed=seed) for seed in range(4)], settings).curve
     first, last = (np.mean([row["total"] for row in part]) for part in (curve[:5], curve[-5:]))
@@ -626,7 +626,7 @@ def test_both_names_have_their_own_defaults_and_one_may_take_the_others_switches
     mixed = from_mapping(DPMSFFConfig, {"quality": 0.5, "strides": [4], "anchors": [[8]], "scale": 2}, "profile")
     assert (mixed.fusion, mixed.quality, mixed.anchors, mixed.scale) == ("paste", 0.5, ((8.0,),), 2.0)
     torch.manual_seed(0)
-    assert DPMSFF("efficientnet_lite0", pretrained=False).config == theirs
+    assert models.build("dpmsff", "efficientnet_lite0", pretrained=False).config == theirs
 
 
 @pytest.mark.parametrize(

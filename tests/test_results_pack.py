@@ -52,8 +52,8 @@ def home(tmp_path, data, monkeypatch):
             (folder / "model.safetensors").write_bytes(b"large")
 
         def evaluate(folder, seed=seed):
-            maps = {s.id: np.full(s.shape, seed, np.uint16) for s in dataset.samples}
-            np.savez_compressed(folder / "predictions.npz", **maps)
+            maps = {f"labels{i}": np.full(s.shape, seed, np.uint16) for i, s in enumerate(dataset.samples)}
+            np.savez_compressed(folder / "predictions.npz", ids=[s.id for s in dataset.samples], **maps)
 
         model = store.get("model", {"seed": seed}, train, [dataset.fingerprint])
         result = store.get("evaluation", {}, evaluate, [model.key])

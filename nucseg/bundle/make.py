@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nucseg
+from nucseg import models
 from nucseg.bundle import wheels as wheel_files
 from nucseg.bundle.parts import BundleError, pack_data, pack_notebooks, pack_package, pack_weights, portable, write
 from nucseg.data import Dataset, load_dataset
 from nucseg.profiles import FOLDER, load_profile
-from nucseg.results import ResultsError
-from nucseg.results.pack import pack
+from nucseg.results.pack import NothingToPack, pack
 from nucseg.store import code_version
 
 PARTS = ("package", "notebooks", "data", "weights", "wheels", "results", "start")
@@ -119,11 +119,12 @@ def make_bundle(
         pack_package(part)
         pack_notebooks(part / "notebooks")
         place = pack_data(opened, dataset or settings.dataset, part / "data")
-        for encoder in sorted({settings.encoder, settings.segmenter_encoder}):
+        starts = {models.encoder_of(name, settings.segmenter_encoder) for name in models.REGISTRY}
+        for encoder in sorted({settings.encoder, settings.segmenter_encoder, *(starts & set(settings.weights))}):
             pack_weights(encoder, part / "weights", settings.weights.get(encoder), exact)
         wheel_files.fetch(wheels, part / "wheels", python)
         if not fresh:
-            with contextlib.suppress(ResultsError):  # nothing has run yet
+            with contextlib.suppress(NothingToPack):
                 pack(part / SO_FAR, dataset=opened.name, limit_mb=limit_mb, numbers_only=True)
         named = str(profile)
         if named not in {path.stem for path in FOLDER.glob("*.yaml")}:

@@ -139,16 +139,20 @@ def pack_weights(encoder: str, folder: Path, source: str | Path | None = None, e
     exact
         Keep fp32, at twice the size.
     """
+    import timm
     from safetensors.torch import save_file
 
-    from nucseg.encoders import Encoder, Pyramid
+    from nucseg.encoders import EMBEDDED, Encoder, Pyramid, read_weights
 
-    state = Encoder(encoder, source).net.state_dict()
+    known = timm.is_model(EMBEDDED[encoder][0] if encoder in EMBEDDED else encoder)
+    # A segmenter's own encoder, such as HoVer-Net's, is none of timm's: its file is taken as it is.
+    state = Encoder(encoder, source).net.state_dict() if known or source is None else read_weights(source)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{encoder}.safetensors"
     rounded = {k: v.half() if v.is_floating_point() and v.ndim > 1 and not exact else v for k, v in state.items()}
     save_file({k: v.contiguous() for k, v in sorted(rounded.items())}, path)
-    Encoder(encoder, path), Pyramid(encoder, path)  # both kinds find all their weights in it
+    if known:
+        Encoder(encoder, path), Pyramid(encoder, path)  # both kinds find all their weights in it
     return path
 
 

@@ -164,6 +164,24 @@ class Dataset:
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {name: samples for name, samples in named.items() if samples}
 
+    def measurable(self, split: str) -> Sequence[Sample]:
+        """Return the ``"train"``, ``"val"`` or ``"test"`` images, all with labels: what an experiment needs.
+
+        Raises
+        ------
+        MissingData
+            If the split is not at hand, is empty, or some of its images have no labels: what to get, or to put where.
+        """
+        samples = {"train": self.train, "val": self.val, "test": self.test}[split]
+        if not len(samples):
+            raise MissingData(
+                f"{self.name}: no {split} images; in a folder of your own they lie in {split}/, with labels"
+            )
+        if bare := [sample.id for sample in samples if not sample.labelled]:
+            more = f" and {len(bare) - 5} more" if len(bare) > 5 else ""
+            raise MissingData(f"{self.name}: {split} images without labels: {', '.join(bare[:5])}{more}")
+        return samples
+
     @property
     def samples(self) -> tuple[Sample, ...]:
         """All samples at hand: train, then val, then test."""

@@ -21,7 +21,8 @@ from nucseg.data.sources import FileSource
 IMAGE_FOLDERS = ("images", "image", "tissue images", "img")
 LABEL_FOLDERS = ("labels", "label", "masks", "annotations", "label_maps")
 LABEL_FILE = re.compile(
-    r"^(?P<stem>.+?)(?P<kind>_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>png|tiff?|npy|xml|geojson)$"
+    r"^(?P<stem>.+?)(?P<kind>_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>png|tiff?|npy|xml|geojson)$",
+    re.IGNORECASE,
 )
 UNREAD = (".gif", ".jp2", ".j2k", ".dcm", ".czi", ".lif", ".vsi", ".bif", ".heic", ".avif")  # images all the same
 DEPTH = 3
@@ -76,7 +77,9 @@ def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
         for name in names:
             path = folder / name
             match = LABEL_FILE.match(name)
-            if match and (kind in LABEL_FOLDERS or match["kind"] or match["suffix"] in ("xml", "geojson", "npy")):
+            if match and (
+                kind in LABEL_FOLDERS or match["kind"] or match["suffix"].lower() in ("xml", "geojson", "npy")
+            ):
                 key = (home, match["stem"])
                 if key not in labels or _rank(path) < _rank(labels[key]):
                     labels[key] = path

@@ -1,4 +1,4 @@
-"""Figure 7: segmented test crops, the truth outlined in green, the prediction in red."""
+"""Figure 7: segmented test crops, the truth outlined in green, the prediction in red, yellow where the two agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nucseg.labels import check_label_map
 # The paper's columns, in its order.
 COLUMNS = ("HoVer-Net + Ours", "MRCNN + Ours", "HoVer-Net", "MRCNN", "NaiveAug + Plabel", "pix2pix + MRCNN")
 _SIDE = 2.1  # inches of a panel
-TRUTH, PREDICTION = (0, 200, 0), (230, 0, 0)
+# Yellow, green and red mixed, is where the outlines agree. Told apart without red and green too (Okabe and Ito).
+TRUTH, PREDICTION, BOTH = (0, 158, 115), (213, 94, 0), (240, 228, 66)
+AGREE = 2  # pixels that two outlines may lie apart and still agree
 
 
 class Row(NamedTuple):
@@ -84,8 +86,11 @@ def figure7(
                           transform=axis.transAxes)  # fmt: skip
         line[0].set_ylabel(row.title, fontsize=8)
     figure.legend(
-        handles=[_line(TRUTH, "ground truth"), _line(PREDICTION, "prediction")],
-        loc="outside upper center", ncols=2, frameon=False, fontsize=9,
+        handles=[
+            _line(TRUTH, "ground truth, missed"), _line(PREDICTION, "prediction, false"),
+            _line(BOTH, f"both, within {AGREE} pixels"),
+        ],
+        loc="outside upper center", ncols=3, frameon=False, fontsize=9,
     )  # fmt: skip
     notes = [
         f"the same predictions: {', '.join(' '.join(name.split()) for name in same)}" for same in _alike(rows, columns)
@@ -111,9 +116,11 @@ def _alike(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
 
 
 def overlay(image: np.ndarray, true: np.ndarray, pred: np.ndarray, width: int = 1) -> np.ndarray:
-    """Draw the outlines of two label maps into a copy of the image, the prediction on top; (H, W, 3) uint8.
+    """Draw the outlines of two label maps into a copy of the image; (H, W, 3) uint8.
 
-    Outlines are drawn at twice the resolution for images under 300 pixels, so that they hide less.
+    Green is the true outline that no predicted one follows, red a predicted one that follows no true one, yellow the
+    predicted one where it lies within `AGREE` pixels of a true one. Images under 300 pixels are drawn at twice their
+    resolution, so that lines hide less.
     """
     check_label_map(true, "true")
     check_label_map(pred, "pred")
@@ -122,8 +129,11 @@ def overlay(image: np.ndarray, true: np.ndarray, pred: np.ndarray, width: int = 
     factor = _enlargement(true)
     image, true, pred = (np.repeat(np.repeat(a, factor, axis=0), factor, axis=1) for a in (image, true, pred))
     drawn = image.copy()
-    drawn[outlines(true, width)] = TRUTH
-    drawn[outlines(pred, width)] = PREDICTION
+    truth, found = outlines(true, width), outlines(pred, width)
+    near = 2 * AGREE * factor + 1
+    drawn[truth & ~ndimage.maximum_filter(found, near)] = TRUTH
+    drawn[found] = PREDICTION
+    drawn[found & ndimage.maximum_filter(truth, near)] = BOTH
     return drawn
 
 

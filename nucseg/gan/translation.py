@@ -69,7 +69,6 @@ class TranslationSynthesizer(Synthesizer):
         All networks, by name; the generator that paints is ``nets["generator"]``.
     """
 
-    name: str
     config: TranslationConfig
 
     def __init__(self, config, device):

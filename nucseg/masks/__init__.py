@@ -1,7 +1,7 @@
 """Mask synthesis (Sec. III-B): `pool` and `synthesis` are the paper's, `hou` its rival, `realism` measures both."""
 
 from nucseg.masks.hou import hou_density, hou_polygons
-from nucseg.masks.pool import MaskConfig, Nucleus, Pool, nucleus_pool, touching_share
+from nucseg.masks.pool import MaskConfig, Nucleus, Pool, holds_nucleus, nucleus_pool, touching_share
 from nucseg.masks.realism import STATISTICS, realism, shape_statistics
 from nucseg.masks.synthesis import (
     MaskReport,
@@ -20,6 +20,7 @@ __all__ = [
     "Nucleus",
     "Pool",
     "SynthesisSteps",
+    "holds_nucleus",
     "hou_density",
     "hou_polygons",
     "nucleus_pool",

@@ -160,6 +160,13 @@ def _turned(mask: np.ndarray, angle: float, flip: bool) -> np.ndarray:
     return _largest_part(soft >= np.partition(soft, -int(mask.sum()), axis=None)[-int(mask.sum())])
 
 
+def holds_nucleus(labels: np.ndarray, min_area: int) -> bool:
+    """Say whether a label map has a nucleus of `min_area` pixels in one piece, without which there is no set E."""
+    labels = relabel(labels)
+    boxes = ndimage.find_objects(labels)
+    return any(_largest_part(labels[box] == i).sum() >= min_area for i, box in enumerate(boxes, start=1))
+
+
 def touching_share(labels: np.ndarray, gap: int = 0) -> float:
     """Return the share of nuclei in a label map that another one touches (8-neighbours), 0..1.
 

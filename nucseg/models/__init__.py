@@ -37,7 +37,7 @@ REGISTRY = {
     "dist": Entry("nucseg.models.dist", "Dist", "DistConfig", "unet"),
     "micronet": Entry("nucseg.models.micronet", "MicroNet", "MicroNetConfig", "micronet"),
     "mdcnet": Entry("nucseg.models.mdcnet", "MDCNet", "MDCNetConfig"),
-    "dpmsff": Entry("nucseg.models.pffnet", "DPMSFF", "DPMSFFConfig"),
+    "dpmsff": Entry("nucseg.models.pffnet", "PFFNet", "DPMSFFConfig"),
     "pffnet": Entry("nucseg.models.pffnet", "PFFNet", "PFFNetConfig"),
 }
 

@@ -15,7 +15,6 @@ NUCSEG_WEIGHTS names; `HoverNet.initialised_from` says what was used.
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nucseg.encoders import EncoderError, read_weights
+from nucseg.encoders import EncoderError, read_weights, weights_file
 from nucseg.inference import InferenceConfig
 from nucseg.models.base import check_own_encoder
 from nucseg.models.decoder import enlarge
@@ -105,11 +104,8 @@ class HoverNet(HoverSegmenter):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if weights is None and (folder := os.environ.get("NUCSEG_WEIGHTS")):
-            path = Path(folder).expanduser() / f"{ENCODER}.safetensors"
-            weights = path if path.is_file() else None
-        if weights is not None and pretrained:
-            self._load_encoder(Path(weights))
+        if pretrained and (path := weights_file(ENCODER, weights)):
+            self._load_encoder(path)
 
     def heads(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b 2 p q"], Float[Tensor, "b 2 p q"]]:
         """Return NP logits and HV of the centre: `margin` pixels less on each side, or of all with ``mirror``."""

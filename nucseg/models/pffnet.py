@@ -205,19 +205,6 @@ class PFFNet(MaskRCNN):
         return semantic, fused
 
 
-class DPMSFF(PFFNet):
-    """DPMSFF, as PFFNet with the defaults of `DPMSFFConfig`."""
-
-    def __init__(
-        self,
-        encoder: str = "resnet50",
-        config: PFFNetConfig | None = None,
-        weights: str | Path | None = None,
-        pretrained: bool = True,
-    ):
-        super().__init__(encoder, config or DPMSFFConfig(), weights, pretrained)
-
-
 class DualMaskHead(nn.Module):
     """The sum of a convolutional and a fully connected path: (n, c, p, p) to logits (n, 2p, 2p)."""
 

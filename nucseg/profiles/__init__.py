@@ -7,7 +7,8 @@ A profile names only what differs from the defaults of the stages, and those are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import yaml
 from nucseg import gan, models
 from nucseg.augment import AugmentConfig
 from nucseg.config import ConfigError, from_mapping, nearest
+from nucseg.data import NAMES, data_root
 from nucseg.experiments import Experiment, GridSettings, experiments_of
 from nucseg.masks import MaskConfig
+from nucseg.notebooks import NOTEBOOKS
 from nucseg.paper import row
 from nucseg.pseudo import PseudoConfig
 from nucseg.selection import SelectionConfig
@@ -69,7 +72,8 @@ class Profile:
     segmenter_encoder
         The pretrained encoder that every segmenter starts from.
     weights
-        Files of ImageNet weights by encoder, where they cannot be downloaded: ``{resnet50: /path/resnet50.pth}``.
+        Files of ImageNet weights by encoder, where they cannot be downloaded: ``{resnet50: /path/resnet50.pth}``; a
+        relative path counts from the folder of the YAML file.
     grid
         Which rows of which table run, with which K1, K2, rounds and seeds.
     mask_count
@@ -145,10 +149,33 @@ def load_profile(name: str | Path) -> Profile:
     where = f"profile {path.stem}"
     values = _read(path, where)
     profile = from_mapping(Profile, {"name": path.stem, **values}, where)
+    for setting, known in (("training", models.REGISTRY), ("minutes", NOTEBOOKS)):
+        _check_names(getattr(profile, setting), known, f"{where}.{setting}")
     return replace(
         profile,
+        weights={name: str(path.parent / Path(file).expanduser()) for name, file in profile.weights.items()},
         synthesisers=_by_name(profile.synthesisers, gan.REGISTRY, gan.config_class, f"{where}.synthesisers"),
         segmenters=_by_name(profile.segmenters, models.REGISTRY, models.config_class, f"{where}.segmenters"),
+    )
+
+
+def absolute_arguments(profile: str | Path, dataset: str, root: str) -> tuple[str, str, str]:
+    """Return what names a profile, a dataset and the folder of data, so that it means the same in any folder.
+
+    Parameters
+    ----------
+    profile, dataset
+        Names stay; paths, which a profile's YAML file and a folder of images have, become absolute.
+    root
+        Folder of the named datasets; empty: NUCSEG_DATA, or ``data`` here, whichever `nucseg.data.data_root` takes.
+    """
+    profile = str(profile)
+    named = profile in names()
+    folder = os.sep in dataset or (dataset and dataset not in NAMES and Path(dataset).is_dir())
+    return (
+        profile if named else str(Path(profile).resolve()),
+        str(Path(dataset).expanduser().resolve()) if folder else dataset,
+        str(data_root(root or None).resolve()),
     )
 
 
@@ -172,8 +199,12 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**base, **changes, **both}
 
 
-def _by_name(values: dict[str, Any], registry: Mapping[str, Any], config_class: Any, where: str) -> dict[str, Any]:
+def _check_names(values: Iterable[str], known: Iterable[str], where: str) -> None:
     for name in values:
-        if name not in registry:
-            raise ConfigError(f"{where}: unknown name {name!r}; {nearest(name, registry)}")
+        if name not in known:
+            raise ConfigError(f"{where}: unknown name {name!r}; {nearest(name, known)}")
+
+
+def _by_name(values: dict[str, Any], registry: Mapping[str, Any], config_class: Any, where: str) -> dict[str, Any]:
+    _check_names(values, registry, where)
     return {name: from_mapping(config_class(name), value, f"{where}.{name}") for name, value in values.items()}

@@ -32,6 +32,10 @@ CROP = 256  # side of what is shown of an image, in pixels
 EXPERIMENT = [name for name in KEY if name not in ("round", "image_id")]
 
 
+class NothingToPack(ResultsError):
+    """No experiment has run, or none of those that were asked for."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """What was packed: the file, its size in bytes, and counts."""
@@ -104,7 +108,7 @@ def pack(
             pictures += [(f"{name}/examples/{m}", make) for m, make in _examples(store, results, root)]
         if not counts["experiments"] and not counts["failed"]:
             asked = " ".join(word for word in (profile, dataset) if word)
-            raise ResultsError(f"nothing to pack in {home()}{f' for {asked}' if asked else ''}: no experiment has run")
+            raise NothingToPack(f"nothing to pack in {home()}{f' for {asked}' if asked else ''}: no experiment has run")
         for member, make in pictures:
             content = make()
             # A member costs its data, and its name and about 100 bytes twice: here and in the list at the end.
@@ -176,7 +180,7 @@ def _examples(store: Store, results: pd.DataFrame, root: str | Path) -> Iterator
         for image_id in chosen:
             for run_id in runs:
                 folder, file = f"{slug(name)}/{slug(image_id)}", evaluations[run_id].path / "predictions.npz"
-                yield f"{folder}/{slug(run_id)}.png", lambda i=image_id, f=file: _png(_array(f, i))
+                yield f"{folder}/{slug(run_id)}.png", lambda i=image_id, f=file: _png(_prediction(f, i))
 
 
 def _opened(name: str, fingerprint: str, root: str | Path) -> Dataset | None:
@@ -191,9 +195,9 @@ def _opened(name: str, fingerprint: str, root: str | Path) -> Dataset | None:
     return None
 
 
-def _array(file: Path, name: str) -> np.ndarray:
+def _prediction(file: Path, image_id: str) -> np.ndarray:
     with np.load(file, allow_pickle=False) as arrays:
-        return arrays[name]
+        return arrays[f"labels{list(arrays['ids']).index(image_id)}"]
 
 
 def centre(array: np.ndarray) -> np.ndarray:
@@ -211,7 +215,7 @@ def _png(array: np.ndarray) -> bytes:
 
 def slug(name: str) -> str:
     """Return a name that is safe as part of a path."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).lstrip(".") or "_"
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).lstrip(".-") or "_"
 
 
 def _put(zipped: zipfile.ZipFile, member: str, content: bytes) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +22,11 @@ import pandas as pd
 import torch
 
 from nucseg import beyond, metrics
-from nucseg.data import data_root
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.segmentation import Row
 from nucseg.paper import FIGURE_7, TABLES, row
 from nucseg.pipeline import Pipeline
+from nucseg.profiles import absolute_arguments
 from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs
 from nucseg.results.settings import changed, experiment_of
@@ -122,8 +121,11 @@ class Plan:
         ------
         BackendError
             If the cluster cannot be used; the message says why.
+        nucseg.data.MissingData
+            If training or test images, or their labels, are not at hand: before the first minute is spent.
         """
         backends.check(backend, address, jobs)
+        self.pipeline.dataset.measurable("train"), self.pipeline.dataset.measurable("test")
         stop = time.time() + 60 * minutes if minutes else math.inf
         wanted = {"missing", *["failed"] * retry, *["done"] * again}
         todo = [e for e, state in self.states().items() if state in wanted]
@@ -151,16 +153,13 @@ class Plan:
         if self.pipeline.device.type == "cuda":  # on a CPU last digits depend on the number of threads
             threads = max(1, threads // max(1, jobs))
         profile, dataset, root, _ = self.arguments
-        dataset = dataset or self.pipeline.profile.dataset
         token = self.pipeline.store.root / f".shared-{uuid.uuid4().hex}"
         write_text(token, "Is seen by every worker of a cluster, or its results would go astray.")
         try:
             # Workers start in another folder and with another environment: every path is absolute.
             yield Ticket(
                 (
-                    str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile,
-                    str(Path(dataset).expanduser().resolve()) if os.sep in dataset else dataset,
-                    str(data_root(root).resolve()),
+                    *absolute_arguments(profile, dataset or self.pipeline.profile.dataset, root),
                     str(self.pipeline.device),
                 ),
                 str(home()),

@@ -157,6 +157,7 @@ def extract(
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     parts: bool = True,
+    places: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> PatchFeatures:
     """Compute f of every patch of the sliding-window pool and of its four sub-regions.
 
@@ -176,6 +177,8 @@ def extract(
     parts
         Whether to compute the sub-regions too, which only strategies with two levels of clusters look at: as many
         pixels again as the patches have.
+    places
+        Rows and columns of each image's patches where the caller has them from `windows`, which reads every image.
 
     Returns
     -------
@@ -187,7 +190,7 @@ def extract(
         raise ValueError("no images to select patches from")
     device = default_device(device)
     forward, normalise = _prepare(encoder, config, device)
-    places = [windows(sample, config) for sample in samples]
+    places = [windows(sample, config) for sample in samples] if places is None else places
     counts = [len(rows) for rows, _ in places]
     if not any(counts):
         raise ValueError(f"no patch of {config.size} pixels shows tissue in at least {config.tissue:.0%} of it")

@@ -54,7 +54,6 @@ def _lloyd(x: Tensor, k: int, seed: int, init: str, n_init: int, max_iter: int, 
     centres = x[starts]  # (runs, k, d)
     limit = tol * x.var(0, unbiased=False).mean()
     running = torch.ones(n_init, dtype=torch.bool, device=x.device)
-    strict = torch.zeros_like(running)
     old = torch.full((n_init, n), -1, device=x.device)
     for _ in range(max_iter):
         labels, distances = _assign(x, centres)
@@ -63,7 +62,6 @@ def _lloyd(x: Tensor, k: int, seed: int, init: str, n_init: int, max_iter: int, 
         same = (labels == old).all(1)
         shift = ((moved - centres) ** 2).sum((1, 2))
         centres = torch.where(running[:, None, None], moved, centres)
-        strict |= running & same
         running &= ~same & (shift > limit)
         old = labels
         if not running.any():

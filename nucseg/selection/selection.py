@@ -158,7 +158,8 @@ def select(
         else:
             if features is None:
                 net = Encoder(encoder, normalise=config.normalise) if isinstance(encoder, str) else encoder
-                features = extract(samples, net, config, device, progress, strategy in TWO_LEVELS)
+                two_levels = strategy in TWO_LEVELS
+                features = extract(samples, net, config, device, progress, two_levels, list(grids.values()))
             same = all(
                 np.array_equal(a, b)
                 for a, b in zip(
