@@ -104,3 +104,15 @@ def test_a_synthesis_whose_time_is_up_stops_behind_a_finished_scale(pipeline, mo
     (finished,) = (run.store.root / "synthesis").glob(".*.scales")
     save_file(load_file(finished), finished, {"seconds": "1000"})  # as if that scale had taken so long
     assert 1000 < run.synthesised(ours).meta["seconds"] < 1900
+
+
+def test_a_full_disk_leaves_no_half_of_a_state(tmp_path, monkeypatch):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    checkpoint = Checkpoint(tmp_path / "state", lambda: None, seconds=0)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint(lambda: {"iteration": 1})
+    assert not list(tmp_path.iterdir())

@@ -1,12 +1,16 @@
+import importlib
+import pkgutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-import nucseg as nucseg_package
+import nucseg as package
+from nucseg import messages
 from nucseg.cli import STRATEGY_HELP, _tables, app, main
 from nucseg.config import ConfigError
 from nucseg.messages import one_line
@@ -108,7 +112,36 @@ def test_a_fault_in_other_peoples_code_keeps_its_traceback(monkeypatch):
 
 def test_warnings_of_ours_are_one_line():
     ours = one_line(warnings.formatwarning)
-    assert ours("patch 2 is empty", UserWarning, str(Path(nucseg_package.__file__).parent / "a.py"), 3) == (
+    assert ours("patch 2 is empty", UserWarning, str(Path(package.__file__).parent / "a.py"), 3) == (
         "nucseg: patch 2 is empty\n"
     )
     assert "other.py:3" in ours("deprecated", UserWarning, "/somewhere/other.py", 3)
+
+
+def test_missing_test_images_are_told_before_hours_of_training(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    result = nucseg("reproduce", "--dataset", str(tmp_path))
+    assert result.returncode == 1
+    assert "train images without labels: a" in result.stderr
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / split / "a.png")
+        Image.new("L", (64, 64)).save(tmp_path / split / "a_labels.PNG")
+    (tmp_path / "test" / "a_labels.PNG").unlink()
+    result = nucseg("reproduce", "--dataset", str(tmp_path))
+    assert "test images without labels: test/a" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_every_error_of_ours_is_one_line():
+    found = [
+        thing
+        for module in pkgutil.walk_packages(package.__path__, "nucseg.")
+        if not module.name.startswith(("nucseg.kernels.", "nucseg.__main__"))  # they need Triton; it runs the command
+        for thing in vars(importlib.import_module(module.name)).values()
+        if isinstance(thing, type) and issubclass(thing, Exception) and thing.__module__.startswith("nucseg.")
+    ]
+    errors = {thing for thing in found if not issubclass(thing, Warning)}
+    assert len(errors) > 12
+    for error in errors:
+        assert issubclass(error, messages._expected()), error

@@ -106,3 +106,9 @@ def test_our_notebooks_follow_the_rules_of_the_house(name):
     assert not [o for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
     long = [cell.source for cell in notebook.cells if cell.cell_type == "code" and cell.source.count("\n") > 40]
     assert not long, "a long cell belongs in the library"
+
+
+def test_a_kernel_that_dies_says_what_to_go_on_with(place):
+    path = write(place / "notebooks" / "a.ipynb", ("x = 1", ["parameters"]), ("import os; os._exit(9)", []))
+    with pytest.raises(NotebookFailed, match=r"(?s)a.ipynb: .*died.*go on with: nucseg reproduce --from 03"):
+        notebooks.execute(path, {}, place / "out", resume="nucseg reproduce --from 03")

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -5,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nucseg.data import Dataset, load_dataset
+from nucseg import stages
+from nucseg.data import Dataset, MissingData, load_dataset
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import load_profile
+from nucseg.pseudo import PseudoLabels
 from nucseg.results import RESULT_COLUMNS, RUN_COLUMNS, check_results
 
 PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
@@ -212,3 +215,52 @@ def test_a_trained_model_is_read_back_as_it_was(pipeline, ours, rows, dataset):
 
 def test_figures_say_that_a_tissue_is_synthetic(pipeline):
     assert "synthetic" in pipeline.signature()
+
+
+def test_a_patch_with_the_rim_of_a_nucleus_alone_is_not_laid_out_either(dataset, ours, tmp_path, monkeypatch):
+    pipeline = Pipeline(PROFILE, dataset, device="cpu", results=tmp_path)
+    (image, labels), *rest = pipeline.annotated(ours)
+    sliver = np.zeros_like(labels)
+    sliver[:2, :4] = 7
+    monkeypatch.setattr(pipeline, "annotated", lambda _: [(image, sliver), *rest])
+    assert len(pipeline.sources(ours)) == len(rest)
+    assert len(pipeline.masks(ours)) == len(rest)
+
+
+def test_pseudo_labelled_crops_may_differ_in_size(pipeline, ours, rows, dataset, monkeypatch):
+    pairs = [(np.full((h, 40, 3), h, np.uint8), np.full((h, 40), h, np.int32)) for h in (32, 48)]
+    monkeypatch.setattr(stages, "pseudo_pairs", lambda *_: PseudoLabels(pairs, [], 2, {}))
+    other = with_pseudo(pipeline, dataset, crops=3)
+    found = other.pseudo(ours, 1)
+    assert [labels.shape for _, labels in found] == [(32, 40), (48, 40)]
+    assert all((a == b).all() for pair, made in zip(pairs, found, strict=True) for a, b in zip(pair, made, strict=True))
+
+
+def test_a_selection_names_the_encoder_that_it_looked_through(pipeline, ours):
+    assert pipeline.selection(ours).switches["encoder"] == PROFILE.encoder
+
+
+def test_images_may_have_any_name(dataset, ours, rows, tmp_path):
+    named = [replace(sample, id=name) for sample, name in zip(dataset.test, ("NA", "file"), strict=True)]
+    pipeline = Pipeline(PROFILE, replace(dataset, test=named), device="cpu", results=tmp_path)
+    simple = replace(ours, rounds=0, augmentation="naive", selection="random-crop")
+    assert list(pipeline.run(simple)["image_id"]) == ["NA", "file"]
+    assert set(pipeline.predictions(simple)) == {"NA", "file"}
+
+
+def test_without_test_images_nothing_is_made(dataset, ours, tmp_path):
+    pipeline = Pipeline(PROFILE, replace(dataset, test=()), device="cpu", results=tmp_path)
+    with pytest.raises(MissingData, match="tiny: no test images"):
+        pipeline.run(ours)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_starts_from_found_weights_is_another_one(pipeline, dataset, ours, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(pipeline.store, "get", lambda stage, what, *_: made.append(what))
+    hovernet = replace(ours, segmenter="hovernet", selection="all", augmentation="naive", rounds=0)
+    pipeline.trained(hovernet)
+    (tmp_path / "preact-resnet50.safetensors").write_bytes(b"weights")
+    monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path))
+    pipeline.trained(hovernet)
+    assert [what.get("weights") for what in made] == [None, hashlib.sha256(b"weights").hexdigest()[:12]]

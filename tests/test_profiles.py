@@ -9,11 +9,11 @@ from nucseg.encoders import EncoderError
 from nucseg.experiments import grid
 from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
-from nucseg.profiles import FOLDER, Mix, load_profile, names
+from nucseg.profiles import FOLDER, Mix, absolute_arguments, load_profile, names
 
 PROFILES = [
     *("h100", "h100-first", "h100-hoverlite", "h100-hoverlite-d4", "h100-seeds", "paper", "sample", "sample-choices"),
-    *("sample-models", "sample-recipes", "sample-recipes-silent", "sample-seeds", "sample-teacher"),
+    *("sample-models", "sample-recipes", "sample-recipes-silent", "sample-rows", "sample-seeds", "sample-teacher"),
     "sample-teacher-silent",
     "slides",
     "slides-cpu",
@@ -141,3 +141,34 @@ def test_the_file_of_an_encoders_weights_is_used(tmp_path):
     profile = dataclasses.replace(load_profile("sample"), weights={"efficientnet_lite0": str(tmp_path / "none.pth")})
     with pytest.raises(EncoderError, match=r"no weights file .*none\.pth"):
         Pipeline(profile, results=tmp_path).build(profile.ours("tissue"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training: {hovrlite: {iterations: 7}}", "unknown name 'hovrlite'.*hoverlite"),
+        ("minutes: {04_segmentatoin: 2}", "unknown name '04_segmentatoin'.*04_segmentation"),
+    ],
+)
+def test_a_misspelt_name_is_no_setting_that_nobody_reads(tmp_path, setting, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: sample\n{setting}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_profile(path)
+
+
+def test_files_of_weights_are_looked_for_beside_the_profile(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: sample\nweights: {resnet50: r.pth, preact-resnet50: /else/p.pth}\n")
+    assert load_profile(path).weights == {"resnet50": str(tmp_path / "r.pth"), "preact-resnet50": "/else/p.pth"}
+
+
+def test_arguments_mean_the_same_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NUCSEG_DATA", "sets")
+    (tmp_path / "img").mkdir()
+    (tmp_path / "tissue").mkdir()  # a name wins over a folder
+    assert absolute_arguments("my.yaml", "img", "") == (*(str(tmp_path / n) for n in ("my.yaml", "img", "sets")),)
+    assert absolute_arguments("sample", "tissue", "d") == ("sample", "tissue", str(tmp_path / "d"))
+    assert absolute_arguments("sample", "./tissue", "")[1] == str(tmp_path / "tissue")
+    assert absolute_arguments("sample", "", "")[1] == ""

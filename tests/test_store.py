@@ -189,3 +189,14 @@ def test_a_claim_is_seen_by_others_and_falls_with_its_holder(tmp_path):
         assert ours
         assert holder(path) == "second"
     assert holder(path) is None
+
+
+def test_what_a_killed_run_left_is_cleared_away_also_a_half_written_state_and_a_half_deleted_result(tmp_path):
+    store = Store(tmp_path)
+    made = store.get("model", {"count": 2}, make_text("a"))
+    (made.path / "meta.json").unlink()  # somebody was deleting it
+    (made.path.parent / f".{made.key}.state.123.part").write_bytes(b"half")
+    (made.path.parent / f".{made.key}.abc.part").mkdir()
+    again = store.get("model", {"count": 2}, make_text("b"))
+    assert (again.path / "out.txt").read_text() == "b"
+    assert not list(again.path.parent.glob(".*.part"))

@@ -51,8 +51,9 @@ def figure5(
     top, bottom = figure.subfigures(2, 1, height_ratios=(high, 4.2))
     _pyramid(top, views)
     grid = bottom.add_gridspec(2, 1, height_ratios=(1.2, 1.0))
-    maps = grid[0].subgridspec(1, max(1, len(critic_maps)))
-    for k, (region, values) in enumerate(critic_maps.items()):
+    maps = grid[0].subgridspec(1, 1 + len(critic_maps))
+    _judged(bottom.add_subplot(maps[0, 0]), views[-1].output, next(iter(critic_maps.values()), None))
+    for k, (region, values) in enumerate(critic_maps.items(), start=1):
         _critic(bottom.add_subplot(maps[0, k]), _CRITICS[region], values)
     curves = grid[1].subgridspec(1, 2)
     joined = np.concatenate([np.asarray(h) for h in history])
@@ -81,6 +82,16 @@ def _pyramid(figure, views: Sequence[ScaleView]) -> None:
         axis.set_title(name, fontsize=9)
 
 
+def _judged(axis: Axes, painted: np.ndarray, judged: np.ndarray | None) -> None:
+    """Show what of the painted image the critics judge, who lose a border to their convolutions."""
+    if judged is not None:
+        border = (painted.shape[0] - judged.shape[0]) // 2
+        painted = painted[border : painted.shape[0] - border, border : painted.shape[1] - border]
+    axis.imshow(painted, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title("what they judge", fontsize=8)
+
+
 def _critic(axis: Axes, title: str, values: np.ndarray) -> None:
     axis.set_facecolor("0.85")  # where the critic does not look
     seen = values[np.isfinite(values)]
@@ -105,4 +116,4 @@ def _losses(axis: Axes, losses: np.ndarray, ends: np.ndarray, lines: Mapping[str
     axis.set_xlabel("step (dotted: next scale)", fontsize=8)
     axis.tick_params(labelsize=7)
     if len(lines) > 1:
-        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axis.legend(fontsize=7, frameon=False, loc="best")

@@ -64,8 +64,9 @@ def figure3(
     if not 0 <= shown < k1:
         raise ValueError(f"shown: expected a coarse cluster in 0..{k1 - 1}, got {shown}")
     columns = min(k1, MOST_THUMBNAILS)
-    figure = Figure(figsize=(11, 6.4), dpi=DPI, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35, 1))
+    figure = Figure(figsize=(11, 7.2), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.01, w_pad=0.02)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
     left, middle, right = top.subplots(1, 3)
 
     colours = _colours(k1)
@@ -180,7 +181,8 @@ def figure_coverage(tables: pd.DataFrame | Mapping[str, pd.DataFrame], note: str
             axes.grid(axis="x", lw=0.4)
             axes.spines[["top", "right"]].set_visible(False)
         panels[1].set_yticklabels([])
-    _foot(figure, f"one point a seed, bar: mean of {_seeds(tables)} seeds. {note}")
+    colours = "magenta: CPS and its variants, grey: random, blue: others"
+    _foot(figure, f"one point a seed, bar: mean of {_seeds(tables)} seeds; {colours}. {note}")
     return figure
 
 
@@ -226,7 +228,7 @@ def _level(
     for shape, picks in marks:
         place = pca.transform(points[list(picks)])
         size = 110 if shape == "*" else 36
-        axes.scatter(*place.T, s=size, marker=shape, c=colours[labels[list(picks)]], edgecolors="black", linewidths=0.8)
+        axes.scatter(*place.T, s=size, marker=shape, c=colours[labels[list(picks)]], edgecolors="black", linewidths=1.2)
     explained = pca.explained_variance_ratio_
     axes.set_xlabel(f"PC 1 ({explained[0]:.0%} of the variance)", fontsize=8)
     axes.set_ylabel(f"PC 2 ({explained[1]:.0%})", fontsize=8)
