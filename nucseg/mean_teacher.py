@@ -90,7 +90,8 @@ class MeanTeacher:
     Parameters
     ----------
     images
-        (H, W, 3) uint8 each: the training images, annotated or not, never validation or test ones.
+        (H, W, 3) uint8 each: the training images, annotated or not, never validation or test ones; as
+        `Segmenter.prepare` returns them.
     config
         Every number.
     batch, crop

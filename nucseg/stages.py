@@ -47,7 +47,7 @@ MASK_CODE = ("nucseg.masks", "nucseg.labels")
 SYNTHESIS_CODE = ("nucseg.gan", "nucseg.labels", *KERNEL_CODE)
 MODEL_CODE = (
     *("nucseg.models", "nucseg.training", "nucseg.schedule", "nucseg.steps", "nucseg.crops", "nucseg.augment"),
-    *("nucseg.inference", "nucseg.encoders", "nucseg.labels", *KERNEL_CODE),
+    *("nucseg.inference", "nucseg.encoders", "nucseg.labels", "nucseg.stain", *KERNEL_CODE),
 )
 TEACHER_CODE = (*MODEL_CODE, "nucseg.mean_teacher")
 PSEUDO_CODE = (*MODEL_CODE, "nucseg.pseudo", "nucseg.mean_teacher")
@@ -300,7 +300,7 @@ class Stages:
             if taught:
                 model.load_state_dict(self.model(experiment, after - 1).state_dict())
                 schedule = replace(training, ema=pseudo.teacher.decay)
-                images = [sample.image for sample in self.dataset.train]
+                images = [model.prepare(sample.image) for sample in self.dataset.train]
                 teacher = MeanTeacher(images, pseudo.teacher, training.batch, training.crop, augment, self.device)
             title = f"training {name}" + (f", round {after}" if after else "")
             checkpoint = Checkpoint(beside(folder, "state"), lambda: self.store.check_time("model"))

@@ -97,6 +97,7 @@ def train(
         raise ValueError("ema: a teacher is the average of the weights, so its decay must be above 0")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    pairs = [(model.prepare(image), labels) for image, labels in pairs]
     crops = CropPool(pairs, augment.window(config.crop) if augment else config.crop, device, pair_weights)
     averaged = Average(model, config.ema, from_start=unlabelled is not None) if config.ema else None
     candidate = averaged.module if averaged else model  # what is validated and returned

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from nucseg.encoders import EncoderError
@@ -59,6 +59,13 @@ class Segmenter(nn.Module, ABC):
     @abstractmethod
     def predict_instances(self, image: np.ndarray) -> Instances:
         """Segment one whole image, (H, W, 3) uint8 of any size from 32 pixels."""
+
+    def prepare(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        """Return an image as this segmenter wants to see it, in training and in prediction: here as it is.
+
+        `predict_instances` and `begin` call it themselves, and so does the training loop on labelled images.
+        """
+        return image
 
     def remarks(self) -> list[str]:
         """Say what a user should know of the training data, asked once after a training; nothing by default."""

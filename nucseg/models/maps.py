@@ -12,7 +12,7 @@ from jaxtyping import Float
 from skimage.segmentation import watershed
 from torch import Tensor
 
-from nucseg.inference import InferenceConfig, predict_instances, predict_maps
+from nucseg.inference import InferenceConfig, check_image, predict_instances, predict_maps
 from nucseg.models.base import Instances, Segmenter
 from nucseg.models.pieces import Pieces
 
@@ -49,12 +49,17 @@ class MapSegmenter(Segmenter):
         """Predict the maps of one image; what is returned makes nuclei of them, in any process."""
         if max(image.shape[:2]) > self.inference.block:
             return super().begin(image)
+        check_image(image)
+        return self._begin(self.prepare(image))
+
+    def _begin(self, image: np.ndarray) -> Callable[[], Instances]:
         return partial(self.finish, predict_maps(self, image, self.inference))
 
     def predict_instances(self, image: np.ndarray) -> Instances:
         """Segment a whole image; large ones block by block, in bounded memory."""
+        check_image(image)
         workers = self.inference.processes(next(self.parameters()).device)
-        return predict_instances(self.begin, image, self.inference, workers)
+        return predict_instances(self._begin, self.prepare(image), self.inference, workers)
 
 
 def central(maps: Tensor, size: torch.Size) -> Tensor:

@@ -127,7 +127,7 @@ def train_folder(
         if not begun.restore(model):
             learn(title, schedule, seed, "labelled")
             begun.keep(model)
-        views = unlabelled_views(others, UNLABELLED_PIXELS, seed)
+        views = [model.prepare(view) for view in unlabelled_views(others, UNLABELLED_PIXELS, seed)]
         teacher = MeanTeacher(views, profile.pseudo.teacher, schedule.batch, schedule.crop, profile.augment, where)
         title = f"learning from {len(others)} images without outlines"
         longer = replace(schedule, ema=profile.pseudo.teacher.decay)
