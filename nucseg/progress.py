@@ -3,7 +3,8 @@
 In a terminal it is a bar. Under ``nucseg reproduce`` the notebook's kernel reports to the file that
 ``NUCSEG_PROGRESS`` names, and the bar is the parent's. In a notebook it is one line, rewritten in place, which is
 also readable in static HTML. Where standard error is a file or a pipe, each finished task is one line with its
-seconds. In tests, and with ``NUCSEG_QUIET`` set, it is silent.
+seconds. In tests, and with ``NUCSEG_QUIET`` set, it is silent. A training's learning curve grows in a notebook, and
+elsewhere each of its validations is a line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,11 +28,28 @@ class Task:
     def __init__(self, text: str, total: int):
         self.text, self.total, self.done, self.detail = text, max(1, total), 0.0, ""
         self.started = time.monotonic()
+        self.curve: list[Mapping[str, float]] = []
+        self.display: Any = None  # of the curve, in a notebook
 
     def update(self, done: float, detail: str = "") -> None:
         """Say how many of the steps are done, and in a few words what is being done."""
         self.done, self.detail = min(done, self.total), detail
         _show()
+
+    def measured(self, row: Mapping[str, float]) -> None:
+        """Report a row of a learning curve: ``iteration``, the loss ``total``, and ``val`` where it was validated.
+
+        A notebook shows the curve as it grows; elsewhere each validation is a line.
+        """
+        self.curve.append(row)
+        words = f"loss {row['total']:.3f}" + (f", validation AJI {row['val']:.3f}" if "val" in row else "")
+        self.update(row["iteration"], words)
+        if os.environ.get("NUCSEG_PROGRESS") or _quiet():
+            return
+        if _in_notebook():
+            _draw(self)
+        elif "val" in row:
+            tqdm.write(f"{self.text}: iteration {row['iteration']:,.0f}, {words}", file=sys.stderr)
 
     def __call__(self, done: float, total: float, detail: str = "") -> None:
         """Report in the form in which the stages do: so many done of so many."""
@@ -95,6 +114,30 @@ def _show(finished: bool = False) -> None:
         if finished:
             _bar.close()
             _bar = None
+
+
+def _draw(shown: Task) -> None:
+    """Show a task's learning curve in a notebook, in the place where it was drawn before."""
+    last = len(shown.curve) == 1 or shown.done >= shown.total
+    if not last and time.monotonic() - getattr(shown.display, "drawn", 0.0) < 2.0:
+        return
+    from IPython.display import display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 2.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([row["iteration"] for row in shown.curve], [row["total"] for row in shown.curve], label="loss")
+    axis.set(xlabel="iteration", ylabel="loss", title=shown.text)
+    if validated := [row for row in shown.curve if "val" in row]:
+        other = axis.twinx()
+        other.plot([row["iteration"] for row in validated], [row["val"] for row in validated], "o-", color="C1")
+        other.set_ylabel("validation AJI", color="C1")
+    if shown.display is None:
+        shown.display = display(figure, display_id=True)
+    else:
+        shown.display.update(figure)
+    if shown.display is not None:
+        shown.display.drawn = time.monotonic()
 
 
 def _in_notebook() -> bool:

@@ -282,6 +282,9 @@ class Stages:
     def trained(self, experiment: Experiment, after: int = 0) -> Result:
         """Train the segmenter after so many rounds of pseudo labels, from the start each time (A35).
 
+        ``model.safetensors`` holds the last weights, which all that follows uses, as in the paper; where an earlier
+        validation was better, ``best.safetensors`` holds those of the best.
+
         With a mean teacher each round is a training that goes on from the model of the round before, on the annotated
         pairs and, beside them, on the training images without labels.
         """
@@ -313,7 +316,7 @@ class Stages:
                     augment=augment,
                     validate=self._validate if self.dataset.val else None,
                     device=self.device,
-                    progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.2f}"),
+                    progress=progress.measured,
                     pair_weights=self.profile.mix.weights({kind: len(group) for kind, group in groups.items()}),
                     unlabelled=teacher,
                     resume_from=checkpoint.read(),
@@ -321,10 +324,14 @@ class Stages:
                 )
             save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
             (folder / "curve.json").write_text(json.dumps(result.curve))
+            if result.best_iteration < training.iterations:
+                save_file({k: v.contiguous() for k, v in result.best_state.items()}, folder / "best.safetensors")
             checkpoint.remove()
             return {
                 "seconds": round(time.time() - began + result.seconds_before, 2),
                 "validation_aji": result.curve[-1].get("val"),
+                "best_iteration": result.best_iteration,
+                "best_validation_aji": max((row["val"] for row in result.curve if "val" in row), default=None),
                 "pairs": {kind: len(group) for kind, group in groups.items()},
                 "peak_gpu_mb": result.peak_memory // 2**20 or None,
                 "recorded_gpu_mb": result.recorded_memory // 2**20,

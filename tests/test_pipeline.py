@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from nucseg import stages
 from nucseg.data import Dataset, MissingData, load_dataset
@@ -264,3 +265,16 @@ def test_a_model_that_starts_from_found_weights_is_another_one(pipeline, dataset
     monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path))
     pipeline.trained(hovernet)
     assert [what.get("weights") for what in made] == [None, hashlib.sha256(b"weights").hexdigest()[:12]]
+
+
+def test_the_best_weights_are_kept_beside_the_last_ones(dataset, ours, tmp_path, monkeypatch):
+    schedule = replace(PROFILE.training_of(ours.segmenter), iterations=4, validate_every=1, log_every=1)
+    profile = replace(PROFILE, training={**PROFILE.training, ours.segmenter: schedule})
+    pipeline = Pipeline(profile, dataset, device="cpu", results=tmp_path)
+    values = iter([0.1, 0.4, 0.2, 0.3])
+    monkeypatch.setattr(pipeline, "_validate", lambda model: next(values))
+    made = pipeline.trained(replace(ours, rounds=0, augmentation="naive", selection="random-crop"))
+    assert (made.meta["best_iteration"], made.meta["best_validation_aji"], made.meta["validation_aji"]) == (2, 0.4, 0.3)
+    last, best = (load_file(made.path / f"{name}.safetensors") for name in ("model", "best"))
+    assert last.keys() == best.keys()
+    assert any((last[name] != best[name]).any() for name in last)

@@ -39,3 +39,40 @@ def test_a_kernel_reports_to_the_file_that_its_parent_watches(tmp_path, monkeypa
         monkeypatch.setattr(progress, "_last", 0.0)
         outer.update(1, "two of two")
         assert json.loads(path.read_text()) == {"fraction": 0.5, "text": "experiments · two of two"}
+
+
+ROWS = [{"iteration": 10, "total": 2.0}, {"iteration": 20, "total": 1.5, "val": 0.41}, {"iteration": 30, "total": 1.25}]
+
+
+def test_each_validation_of_a_training_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_quiet", lambda: False)
+    monkeypatch.setattr(progress, "_in_notebook", lambda: False)
+    with task("training hoverlite", 30) as training:
+        for row in ROWS:
+            training.measured(row)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "training hoverlite: iteration 20, loss 1.500, validation AJI 0.410"
+    assert "training hoverlite · loss 1.250" in last
+
+
+def test_in_a_notebook_the_curve_grows_in_its_place(monkeypatch):
+    figures = []
+
+    class Handle:
+        def update(self, figure):
+            figures.append(figure)
+
+    def display(figure, display_id):
+        figures.append(figure)
+        return Handle()
+
+    monkeypatch.setattr(progress, "_quiet", lambda: False)
+    monkeypatch.setattr(progress, "_in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", display)
+    with task("training hoverlite", 30) as training:
+        for row in ROWS:
+            training.measured(row)
+    assert len(figures) == 2  # the first row and the last; in between too little time has gone by
+    loss, validation = figures[-1].axes
+    assert loss.lines[0].get_xydata().tolist() == [[10, 2.0], [20, 1.5], [30, 1.25]]
+    assert validation.lines[0].get_xydata().tolist() == [[20, 0.41]]

@@ -114,7 +114,7 @@ def train_folder(
                 seed,
                 augment=profile.augment,
                 device=where,
-                progress=lambda row: progress.update(row["iteration"], f"loss {row['total']:.3f}"),
+                progress=progress.measured,
                 resume_from=checkpoint.read(),
                 checkpoint=checkpoint,
                 **more,
