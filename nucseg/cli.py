@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import warnings
@@ -38,7 +39,7 @@ STRATEGY_HELP = (
 TableOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--table", "-t", help="I to VI or 1 to 6; S: all selection strategies; B: on more budgets; repeatable."
+        "--table", "-t", help="I to VI or 1 to 6, one or more; S: all selection strategies; B: on more budgets."
     ),
 ]
 
@@ -400,12 +401,23 @@ ROMAN = ("I", "II", "III", "IV", "V", "VI")
 def _tables(names: list[str] | None) -> tuple[str, ...]:
     """Turn 1 or i into I, and nothing into all six; S is the comparison beyond the paper."""
     chosen = []
-    for name in names or ROMAN:
+    for name in re.split(r"[,\s]+", " ".join(names or ROMAN)):
         roman = ROMAN[int(name) - 1] if name in {"1", "2", "3", "4", "5", "6"} else name.upper()
         if roman not in (*ROMAN, "S", "B"):
             raise ConfigError(f"no table {name!r}; the paper has I to VI, S compares all strategies, B their budgets")
         chosen.append(roman)
     return tuple(dict.fromkeys(chosen))
+
+
+def _spread(words: list[str]) -> list[str]:
+    """Read ``--table 1 2`` as ``--table 1 --table 2``; no other option has a table's number behind its value."""
+    spread: list[str] = []
+    for word in words:
+        after_table = len(spread) > 1 and spread[-2] in ("--table", "-t")
+        spread += (
+            [spread[-2], word] if after_table and (word in "123456" or word.upper() in (*ROMAN, "S", "B")) else [word]
+        )
+    return spread
 
 
 def _require_data(dataset: str, root: str) -> None:
@@ -419,6 +431,7 @@ def _require_data(dataset: str, root: str) -> None:
 def main() -> None:
     """Run the command; an expected error or a warning of ours is one message, anything else as Python prints it."""
     warnings.formatwarning = messages.one_line(warnings.formatwarning)
+    sys.argv[1:] = _spread(sys.argv[1:])
     try:
         app()
     except Exception as error:

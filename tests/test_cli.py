@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import nucseg as package
 from nucseg import messages
-from nucseg.cli import STRATEGY_HELP, _tables, app, main
+from nucseg.cli import STRATEGY_HELP, _spread, _tables, app, main
 from nucseg.config import ConfigError
 from nucseg.messages import one_line
 from nucseg.models import REGISTRY
@@ -80,6 +80,9 @@ def test_missing_data_are_reported_before_any_notebook_runs(tmp_path):
 
 def test_tables_are_named_by_roman_or_arabic_numbers():
     assert _tables(["1", "iv", "IV"]) == ("I", "IV")
+    assert _tables(["1,3", "2 S"]) == ("I", "III", "II", "S")
+    assert _spread(["run", "-t", "1", "iv", "--profile", "2"]) == ["run", "-t", "1", "-t", "iv", "--profile", "2"]
+    assert _spread(["select", "1", "2", "--table", "S", "x"]) == ["select", "1", "2", "--table", "S", "x"]
     assert _tables(None) == ("I", "II", "III", "IV", "V", "VI")
     with pytest.raises(ConfigError, match="no table '7'"):
         _tables(["7"])

@@ -51,7 +51,7 @@ def write_geojson(
     objects
         A label map, (H, W), or a sequence of `nucseg.data.Patch` of one image.
     scores
-        Measurement ``Score``: of nuclei by id, or in ascending order of ids; of patches in their order.
+        Measurement ``Score``: of nuclei by id, or in ascending order of ids; of patches in their order (their cost).
     ranks
         Measurement ``Rank`` of patches, 1 = annotate first; default 1, 2, 3, ... in their order.
     classification

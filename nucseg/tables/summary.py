@@ -32,7 +32,7 @@ from nucseg.tables.words import arm_in_words
 
 HEADER = (
     *("profile", "data", "arm", "labelled pixels", "seeds", "AJI", "paper's row", "its AJI", "difference", "Dice"),
-    "minutes a run",
+    *("minutes a run", "machine"),
 )
 NEAREST = ("paper", "h100", "h100-hoverlite")  # profiles with the paper's patch size, the nearest to it first
 SEGMENTERS = {"maskrcnn": "Mask R-CNN", "hovernet": "HoVer-Net"}
@@ -51,23 +51,23 @@ def summary() -> pd.DataFrame:
             continue
         settings = load_profile(name).grid
         results, runs = read_results(folder / "results.csv"), read_runs(folder / "runs.csv")
-        minutes = _minutes(runs)
+        took = _took(runs)
         for dataset, of_dataset in results.groupby("dataset", sort=False):
             arms: dict[tuple, list[Measured]] = {}
             for table in TABLES:
                 for one in measure(rows(table), of_dataset, dataset, settings, runs):
                     if one.found:
                         arms.setdefault(one.planned, []).append(one)
-            made = [_line(name, dataset, same, minutes) for same in arms.values()]
+            made = [_line(name, dataset, same, took) for same in arms.values()]
             if not any(settings.rows.values()):
                 known = {line["arm"] for line in made}
-                made += [line for line in _beyond(name, dataset, of_dataset, runs, minutes) if line["arm"] not in known]
+                made += [line for line in _beyond(name, dataset, of_dataset, runs, took) if line["arm"] not in known]
             lines += made
     return pd.DataFrame(lines)
 
 
 def _beyond(
-    profile: str, dataset: str, results: pd.DataFrame, runs: pd.DataFrame, minutes: dict[str, float]
+    profile: str, dataset: str, results: pd.DataFrame, runs: pd.DataFrame, took: pd.DataFrame
 ) -> list[dict[str, object]]:
     """Return the lines of Table S, and of full supervision as Table B has it."""
     settings, taught = load_profile(profile).grid, teachers(runs)
@@ -93,18 +93,25 @@ def _beyond(
                 "its AJI": np.nan,
                 "difference": np.nan,
                 "Dice": arm["ours Dice"],
-                "minutes a run": float(np.mean([minutes[run] for run in of_arm])),
+                **_of_runs(took, of_arm),
             }
         )
     return lines
 
 
-def _minutes(runs: pd.DataFrame) -> dict[str, float]:
+def _took(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the minutes and the machine of each run, by its id."""
     shared = [json.loads(config)["shared_seconds"] for config in runs["config"]]
-    return dict(zip(runs["run_id"], (runs["seconds"] + shared) / 60, strict=True))
+    machine = runs["device"].str.replace(r"^NVIDIA (\w+).*", r"\1", regex=True)
+    return pd.DataFrame({"minutes": (runs["seconds"] + shared) / 60, "machine": machine}).set_axis(runs["run_id"])
 
 
-def _line(profile: str, dataset: str, same: list[Measured], minutes: dict[str, float]) -> dict[str, object]:
+def _of_runs(took: pd.DataFrame, of_arm: list[str]) -> dict[str, object]:
+    mine = took.loc[of_arm]
+    return {"minutes a run": mine["minutes"].mean(), "machine": ", ".join(sorted(mine["machine"].unique()))}
+
+
+def _line(profile: str, dataset: str, same: list[Measured], took: pd.DataFrame) -> dict[str, object]:
     first = same[0]
     e = first.found[0]
     printed = None if first.teacher else _printed(first.row, e.segmenter, dataset)
@@ -122,7 +129,7 @@ def _line(profile: str, dataset: str, same: list[Measured], minutes: dict[str, f
         "its AJI": paper,
         "difference": aji - paper if printed and printed.spec.segmenter == e.segmenter else np.nan,
         "Dice": first.mean("dice")[0],
-        "minutes a run": float(np.mean([minutes[run] for run in first.lines["run_id"].unique()])),
+        **_of_runs(took, list(first.lines["run_id"].unique())),
     }
 
 
@@ -140,13 +147,17 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
     lines = frame[frame["profile"].isin(NEAREST) & frame["its AJI"].notna()]
     order = lines["profile"].map(NEAREST.index)
     nearest = lines.assign(order=order).sort_values("order", kind="stable")
-    return nearest.drop_duplicates(["dataset", "paper's row"]).sort_values(["dataset", "AJI"], kind="stable")
+    nearest = nearest.drop_duplicates(["dataset", "paper's row"])
+    # Those with the paper's segmenter first: an order by AJI alone would read as a ladder, and compare segmenters.
+    other = nearest["difference"].isna()
+    return nearest.assign(other=other).sort_values(["dataset", "other", "AJI"], kind="stable").drop(columns="other")
 
 
 def headline_markdown(frame: pd.DataFrame) -> str:
     """Return these lines in Markdown, in words."""
-    head = ("data", "what the segmenter saw", "segmenter", "labelled", "seeds", "AJI", "the paper's", "minutes a run")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * 3}{'---:|' * 5}"]
+    head = ("data", "what the segmenter saw", "segmenter", "labelled", "seeds", "AJI", "the paper's", "difference")
+    head = (*head, "Dice", "minutes a run")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * 3}{'---:|' * 7}"]
     for _, one in frame.iterrows():
         saw, segmenter = one["arm"].rsplit(", ", 1)
         cells = (
@@ -157,6 +168,8 @@ def headline_markdown(frame: pd.DataFrame) -> str:
             str(one["seeds"]),
             _with_spread(one),
             _printed_cell(one, segmenter),
+            _difference(one),
+            f"{one['Dice']:.3f}",
             f"{one['minutes a run']:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -187,6 +200,10 @@ def _with_spread(one: pd.Series) -> str:
     return f"{one['AJI']:.3f}" + ("" if np.isnan(one["AJI sd"]) else f" ± {one['AJI sd']:.3f}")
 
 
+def _difference(one: pd.Series) -> str:
+    return "" if np.isnan(one["difference"]) else f"{one['difference']:+.3f}"
+
+
 def _printed_cell(one: pd.Series, segmenter: str) -> str:
     """Return the paper's AJI, with its segmenter where that is another one."""
     if np.isnan(one["its AJI"]):
@@ -205,7 +222,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def _table(frame: pd.DataFrame) -> str:
     """Return lines of the summary as a Markdown table; what repeats the line above is left empty."""
-    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * 3}{'---:|' * 3}---|{'---:|' * 4}"]
+    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * 3}{'---:|' * 3}---|{'---:|' * 4}---|"]
     above = ("", "")
     for _, one in frame.iterrows():
         here = (f"`{one['profile']}`", DATASET_NAMES.get(one["dataset"], "built-in tissue"))
@@ -217,9 +234,10 @@ def _table(frame: pd.DataFrame) -> str:
             _with_spread(one),
             one["paper's row"],
             _printed_cell(one, one["arm"].rsplit(", ", 1)[1]),
-            "" if np.isnan(one["difference"]) else f"{one['difference']:+.3f}",
+            _difference(one),
             f"{one['Dice']:.3f}",
             f"{one['minutes a run']:.1f}",
+            one["machine"],
         )
         lines.append(f"| {' | '.join(cells)} |")
         above = here

@@ -72,17 +72,22 @@ def select_patches(
     by_id = {sample.id: sample for sample in samples}
     names = unique_names(by_id)
     (out / "patches").mkdir(parents=True, exist_ok=True)
+    # The cost of Eq. 1 and its terms, where the strategy has them: the lower, the more typical is a patch.
+    costs = [{"d1": t[0], "d2": t[1], "d3": t[2], "cost": sum(t)} for t in selection.terms or ()]
+    scores = [cost["cost"] for cost in costs] or None
+    costs = costs or [{} for _ in selection.patches]
     rows = []
     for rank, patch in enumerate(selection.patches, 1):
         crop = by_id[patch.image_id].region(patch.row, patch.col, patch.size, patch.size)
         name = _patch_file(rank, patch, names)
         Image.fromarray(crop).save(out / "patches" / name)
-        rows.append({"rank": rank, **to_plain(patch), "file": f"patches/{name}"})
+        rows.append({"rank": rank, **to_plain(patch), "file": f"patches/{name}", **costs[rank - 1]})
     for image_id in dict.fromkeys(patch.image_id for patch in selection.patches):
         mine = [(row["rank"], p) for row, p in zip(rows, selection.patches, strict=True) if p.image_id == image_id]
+        own = [scores[rank - 1] for rank, _ in mine] if scores else None
         path = out / "geojson" / f"{names[image_id]}.geojson"
         path.parent.mkdir(parents=True, exist_ok=True)
-        annotations.write_geojson(path, [p for _, p in mine], ranks=[rank for rank, _ in mine])
+        annotations.write_geojson(path, [p for _, p in mine], ranks=[rank for rank, _ in mine], scores=own)
     pd.DataFrame(rows).to_csv(out / "patches.csv", index=False)
     place = str(Path(images).resolve()) if Path(images).exists() else str(images)
     write_text(out / SELECTION_FILE, json.dumps({"images": place, **selection.to_dict()}, indent=1))

@@ -243,7 +243,7 @@ def predict_folder(model: str | Path, images: str | Path, out: str | Path, devic
             for name in ("labels", "geojson"):
                 (out / name / stem).parent.mkdir(parents=True, exist_ok=True)
             annotations.write_labels(out / "labels" / f"{stem}.tif", labels)
-            annotations.write_geojson(out / "geojson" / f"{stem}.geojson", labels)
+            annotations.write_geojson(out / "geojson" / f"{stem}.geojson", labels, scores=scores)
             rows.append(
                 {
                     "image_id": sample.id,
