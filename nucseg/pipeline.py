@@ -126,6 +126,12 @@ class Pipeline(Stages):
         """Return where a figure of this profile and dataset goes, as ``figures/<profile>/<name>_<dataset>.png``."""
         return published("figures", self.profile.name) / f"{name}_{Path(self.dataset.name).name}.png"
 
+    def table_path(self, name: str) -> Path:
+        """Return where a table of this profile and dataset goes, as ``tables/<profile>/<name>_<dataset>.csv``."""
+        path = published("tables", self.profile.name) / f"{name}_{Path(self.dataset.name).name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
     def experiment(self, **changes) -> Experiment:
         """Return the profile's own experiment on this dataset ("Ours"), with changes by name."""
         return replace(self.profile.ours(self.dataset.name), **changes)

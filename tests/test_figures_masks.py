@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nucseg.figures.masks import colour_instances, figure4
-from nucseg.masks import hou_polygons, synthesis_steps, synthesize_masks
+from nucseg.figures.masks import colour_instances, figure4, figure_realism
+from nucseg.masks import STATISTICS, hou_polygons, synthesis_steps, synthesize_masks
 
 
 def blobs() -> np.ndarray:
@@ -48,3 +48,17 @@ def test_figure_4_refuses_to_be_drawn_without_masks():
     labels = blobs()
     with pytest.raises(ValueError, match="at least one mask of each method"):
         figure4(labels, None, [], [labels], synthesis_steps(labels, iteration=2, size=96))
+
+
+def test_the_realism_figure_shows_every_statistic_of_every_kind_with_its_distance():
+    rng = np.random.default_rng(0)
+    real = {name: rng.normal(10, 1, 200) for name in STATISTICS}
+    shifted = {name: values + 2 for name, values in real.items()} | {"density": np.empty(0)}
+    figure = figure_realism({"real": real, "ours": real, "Hou et al.": shifted})
+    assert len(figure.axes) == len(STATISTICS)
+    assert [line.get_label() for line in figure.axes[0].lines] == ["real", "ours", "Hou et al."]
+    assert figure.axes[0].get_title() == "distance: ours 0, Hou et al. 2"
+    assert figure.axes[-1].get_title() == "distance: ours 0"
+    median = np.interp(0.5, *figure.axes[0].lines[2].get_xydata().T[::-1])
+    assert median == pytest.approx(np.median(shifted["area"]), abs=0.2)
+    figure.canvas.draw()

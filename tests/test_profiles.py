@@ -12,7 +12,17 @@ from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, absolute_arguments, load_profile, names
 
 PROFILES = [
-    *("h100", "h100-first", "h100-hoverlite", "h100-hoverlite-d4", "h100-seeds", "paper", "sample", "sample-choices"),
+    *(
+        "h100",
+        "h100-first",
+        "h100-hoverlite",
+        "h100-hoverlite-d4",
+        "h100-seeds",
+        "h100-stain",
+        "paper",
+        "sample",
+        "sample-choices",
+    ),
     *("sample-models", "sample-recipes", "sample-recipes-silent", "sample-rows", "sample-seeds", "sample-teacher"),
     "sample-teacher-silent",
     "slides",

@@ -1,8 +1,8 @@
-"""Fig. 4: (a) one iteration of the mask synthesis in its four steps, (b) masks of Hou et al. beside ours."""
+"""Fig. 4: one iteration of the mask synthesis in four steps (a), masks of Hou et al. beside ours (b); and realism."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
 from nucseg.labels import check_label_map
-from nucseg.masks import SynthesisSteps
+from nucseg.masks import STATISTICS, SynthesisSteps, realism
 
 _NEW = "#ffffff"  # e_q, wherever it is shown
 _DISC = "#e03c31"  # its centre and its disc of radius R_q
@@ -79,6 +79,46 @@ def figure4(
                 axes[f"{key}{i + 1}"].set_axis_off()
     axes["step1"].text(-0.04, 1.12, "(a)", transform=axes["step1"].transAxes, fontsize=11, fontweight="bold")
     axes["real"].text(-0.04, 1.12, "(b)", transform=axes["real"].transAxes, fontsize=11, fontweight="bold")
+    return figure
+
+
+_UNITS = {
+    "area": "area, px²",
+    "eccentricity": "eccentricity (0: round)",
+    "solidity": "solidity (1: no dents)",
+    "nearest_neighbour": "centre to the next, px",
+    "density": "covered share of a mask",
+}
+
+
+def figure_realism(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Draw how the nuclei of real and of synthetic masks are distributed: one panel for each statistic.
+
+    Parameters
+    ----------
+    kinds
+        By name, the real masks first: results of `nucseg.masks.shape_statistics`.
+
+    Returns
+    -------
+    figure
+        Cumulative shares: at each value, how many nuclei (or masks) lie below it. The area between a curve and that of
+        the real masks is their Wasserstein distance, which stands in the panel.
+    """
+    figure = Figure(figsize=(11, 2.9), layout="constrained")
+    real, *others = kinds
+    for axis, name in zip(figure.subplots(1, len(STATISTICS), sharey=True), STATISTICS, strict=True):
+        for kind, colour in zip(kinds, ("black", "#4477aa", "#ee7733"), strict=False):
+            if (values := kinds[kind][name]).size:
+                axis.ecdf(values, color=colour, linewidth=1.6 if kind == real else 1.1, label=kind)
+        far = [f"{kind} {distance:.3g}" for kind in others
+               if np.isfinite(distance := realism(kinds[real], kinds[kind])[name])]  # fmt: skip
+        axis.set_title("distance: " + ", ".join(far), fontsize=7)
+        axis.set_xlabel(_UNITS[name], fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("share below", fontsize=8)
+    figure.axes[0].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
