@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 import uuid
 from pathlib import Path
 
@@ -14,17 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from scipy import ndimage
 
 from nucseg.annotations import (
     AnnotationError,
     AnnotationWarning,
     LabelWarning,
+    SparseLabels,
     read_geojson,
     read_geojson_patches,
     read_geojson_report,
+    read_geojson_sparse,
     read_labels,
     read_xml,
     read_xml_report,
+    read_xml_sparse,
     write_geojson,
     write_labels,
 )
@@ -491,3 +496,36 @@ def test_label_files_that_cannot_be_decoded_are_errors_with_their_names(tmp_path
         read_labels(tmp_path / "colours.png")
     with pytest.raises(AnnotationError, match="no such file"):
         read_labels(tmp_path / "absent.png")
+
+
+@given(small_maps, st.tuples(st.integers(0, 11), st.integers(0, 11)))
+def test_sparse_labels_are_the_dense_ones(labels, corner):
+    sparse = SparseLabels.of(labels)
+    assert (sparse.dense() == labels).all()
+    row, col = (min(a, n - 1) for a, n in zip(corner, labels.shape, strict=True))
+    height, width = labels.shape[0] - row, max(1, (labels.shape[1] - col) // 2)
+    assert (sparse.crop(row, col, height, width) == labels[row : row + height, col : col + width]).all()
+    for number in np.unique(labels[labels > 0]):
+        assert sparse.box(number) == ndimage.find_objects((labels == number).astype(int))[0]
+
+
+@pytest.mark.parametrize("suffix", [".geojson", ".xml"])
+def test_outlines_on_a_whole_slide_take_memory_by_what_is_drawn(tmp_path, suffix):
+    shape, corner = (100_000, 120_000), 90_000  # 48 GB as a label map
+    ring = [(corner, corner), (corner + 30, corner), (corner + 30, corner + 20), (corner, corner + 20)]
+    path = tmp_path / f"slide{suffix}"
+    if suffix == ".xml":
+        _xml(path, ring)
+        read = read_xml_sparse
+    else:
+        geometry = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+        path.write_text(json.dumps([{"type": "Feature", "geometry": geometry, "properties": {}}]))
+        read = read_geojson_sparse
+    tracemalloc.start()
+    labels, report = read(path, shape)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+    assert report.n_nuclei == 1
+    assert labels.box(1) == (slice(corner, corner + 20), slice(corner, corner + 30))
+    assert labels.crop(corner - 10, corner - 10, 64, 64).sum() == 600

@@ -22,6 +22,7 @@ import numpy as np
 from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.outlines import trace
 from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize, unique_names
+from nucseg.annotations.sparse import SparseLabels
 from nucseg.patches import Patch
 
 NUCLEUS, PATCH = "Nucleus", "Patch"  # classification names
@@ -111,6 +112,12 @@ def read_geojson(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
 
 def read_geojson_report(path: str | Path, shape: tuple[int, int]) -> tuple[np.ndarray, AnnotationReport]:
     """Read like `read_geojson`, and return the problems as an `AnnotationReport` instead of warning."""
+    labels, report = read_geojson_sparse(path, shape)
+    return labels.dense(), report
+
+
+def read_geojson_sparse(path: str | Path, shape: tuple[int, int]) -> tuple[SparseLabels, AnnotationReport]:
+    """Read like `read_geojson_report`, in memory that follows what is drawn, not the size of the image."""
     names, shapes, ids, unread, pieces = [], [], [], {}, {}
     for number, feature in enumerate(_features(Path(path)), 1):
         properties = _mapping(feature.get("properties"))
@@ -137,8 +144,7 @@ def read_geojson_report(path: str | Path, shape: tuple[int, int]) -> tuple[np.nd
     why = {names[index]: reason for index, reason in unread.items()}
     problems = [replace(problem, reason=why.get(problem.region, problem.reason)) for problem in problems]
     problems += [Problem(names[index], reason, skipped=False) for index, reason in pieces.items()]
-    n_nuclei = int(np.count_nonzero(np.bincount(labels.ravel())[1:]))
-    return labels, AnnotationReport(str(path), len(regions), n_nuclei, tuple(problems))
+    return labels, AnnotationReport(str(path), len(regions), np.unique(labels.ids).size, tuple(problems))
 
 
 def read_geojson_patches(path: str | Path, image_id: str | None = None) -> list[Patch]:

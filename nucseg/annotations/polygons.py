@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nucseg.annotations.errors import AnnotationWarning
+from nucseg.annotations.sparse import SparseLabels
 
 SHOWN = 8  # ids that a message lists before it says how many more there are
 FARTHEST = 1e6  # pixels; a coordinate beyond is a mistake, not an image
@@ -94,8 +95,8 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 def rasterize(
     regions: Sequence[Region], shape: tuple[int, int], ids: Sequence[int] | None = None, offset: float = 0.0
-) -> tuple[np.ndarray, list[Problem]]:
-    """Fill regions into a label map; the first wins where they overlap.
+) -> tuple[SparseLabels, list[Problem]]:
+    """Fill regions into a label map; the first wins where they overlap. Memory follows what is drawn, not the image.
 
     Parameters
     ----------
@@ -111,8 +112,8 @@ def rasterize(
 
     Returns
     -------
-    labels : numpy.ndarray
-        (H, W) int32.
+    labels : SparseLabels
+        Ids int32.
     problems : list of Problem
         In the order of the regions.
     """
@@ -125,15 +126,15 @@ def rasterize(
     start, end, owner = start[keep], end[keep], owner[keep]
 
     rows_from, rows_to, cols, owners = _spans(start, end, owner, shape)
-    # write the last regions first: numpy keeps the last value written, so the first in the file has the last word
+    # paint the last regions first: what is painted last stays, so the first in the file has the last word
     order = np.argsort(-owners, kind="stable")
     lengths = (rows_to - rows_from)[order]
     rows = np.repeat(rows_from[order] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-    labels = np.zeros(shape, np.int32)
-    labels.ravel()[rows * shape[1] + np.repeat(cols[order], lengths)] = np.repeat(ids[owners[order]], lengths)
+    pixels = rows * shape[1] + np.repeat(cols[order], lengths)
+    labels = SparseLabels.painted(shape, pixels, np.repeat(ids[owners[order]], lengths))
 
     painted = np.bincount(owners, minlength=len(regions)) > 0
-    visible = np.isin(ids, np.unique(labels))
+    visible = np.isin(ids, labels.ids)
     for i in np.unique(owner):
         if not visible[i]:
             mine = start[owner == i]

@@ -17,6 +17,7 @@ import numpy as np
 
 from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize, unique_names
+from nucseg.annotations.sparse import SparseLabels
 
 
 def read_xml(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
@@ -51,12 +52,17 @@ def read_xml(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
 
 def read_xml_report(path: str | Path, shape: tuple[int, int]) -> tuple[np.ndarray, AnnotationReport]:
     """Read like `read_xml`, and return the problems as an `AnnotationReport` instead of warning."""
+    labels, report = read_xml_sparse(path, shape)
+    return labels.dense(), report
+
+
+def read_xml_sparse(path: str | Path, shape: tuple[int, int]) -> tuple[SparseLabels, AnnotationReport]:
+    """Read like `read_xml_report`, in memory that follows what is drawn, not the size of the image."""
     regions, odd = _parse(Path(path))
     labels, problems = rasterize(regions, shape)
     known = {problem.region for problem in odd}
     problems = odd + [problem for problem in problems if problem.region not in known]
-    nuclei = int(np.count_nonzero(np.bincount(labels.ravel(), minlength=1)[1:]))
-    return labels, AnnotationReport(str(path), len(regions), nuclei, tuple(problems))
+    return labels, AnnotationReport(str(path), len(regions), np.unique(labels.ids).size, tuple(problems))
 
 
 class _Reader(ContentHandler):

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy import ndimage
 
 from nucseg import annotations
+from nucseg.annotations import SparseLabels
 from nucseg.config import to_plain
 from nucseg.data import DataError, Sample, load_dataset
 from nucseg.encoders import Encoder
@@ -150,9 +150,10 @@ def import_annotations(
     files = _outline_files(Path(outlines), {image_id: names[image_id] for image_id in wanted}, partial)
     labels_of = {image_id: _read_outlines(path, samples[image_id]) for image_id, path in files.items()}
     patches = [(rank, p) for rank, p in enumerate(chosen.patches, 1) if p.image_id in files]
-    counts = [_count(labels_of[patch.image_id][patch.slices]) for _, patch in patches]
-    _check_sizes(patches, labels_of, files)
-    left_out = _check_places(patches, counts, labels_of, Path(outlines), partial, empty)
+    labels_in = {rank: labels_of[p.image_id].crop(p.row, p.col, p.size, p.size) for rank, p in patches}
+    counts = [_count(labels_in[rank]) for rank, _ in patches]
+    _check_sizes(patches, labels_in, labels_of, files)
+    left_out = _check_places(patches, labels_in, labels_of, Path(outlines), partial, empty)
 
     rows = []
     for name in ("images", "labels"):
@@ -160,7 +161,7 @@ def import_annotations(
     for (rank, patch), nuclei in zip(patches, counts, strict=True):
         if rank in left_out:
             continue
-        sample, labels = samples[patch.image_id], labels_of[patch.image_id][patch.slices]
+        sample, labels = samples[patch.image_id], labels_in[rank]
         _, inverse = np.unique(np.append(0, labels), return_inverse=True)  # ids of whole slides may exceed 16 bits
         labels = inverse[1:].reshape(labels.shape)
         name = _patch_file(rank, patch, names)
@@ -202,15 +203,16 @@ def _outline_files(folder: Path, names: Mapping[str, str], partial: bool) -> dic
     raise WorkflowError(message + ("; --partial goes on without them" if found else ""))
 
 
-def _read_outlines(path: Path, sample: Sample) -> np.ndarray:
-    if path.suffix.lower() in {".geojson", ".json"}:
-        return annotations.read_geojson(path, sample.shape)
-    if path.suffix.lower() == ".xml":
-        return annotations.read_xml(path, sample.shape)
+def _read_outlines(path: Path, sample: Sample) -> SparseLabels:
+    readers = {".xml": annotations.read_xml_sparse, ".geojson": annotations.read_geojson_sparse}
+    if read := readers.get(path.suffix.lower().replace(".json", ".geojson")):
+        labels, report = read(path, sample.shape)
+        report.warn()
+        return labels
     labels = annotations.read_labels(path)
     if labels.shape != sample.shape:
         raise WorkflowError(f"{path}: label map of {labels.shape}, but image {sample.id} is {sample.shape}")
-    return labels
+    return SparseLabels.of(labels)
 
 
 def _count(labels: np.ndarray) -> int:
@@ -218,17 +220,19 @@ def _count(labels: np.ndarray) -> int:
 
 
 def _check_sizes(
-    patches: Sequence[tuple[int, Patch]], labels_of: Mapping[str, np.ndarray], files: Mapping[str, Path]
+    patches: Sequence[tuple[int, Patch]],
+    labels_in: Mapping[int, np.ndarray],
+    labels_of: Mapping[str, SparseLabels],
+    files: Mapping[str, Path],
 ) -> None:
     """Raise where one outline is as large as a patch: a region of tissue, or a patch's rectangle."""
     for rank, patch in patches:
-        labels = labels_of[patch.image_id]
-        ids, pixels = np.unique(labels[patch.slices], return_counts=True)
+        ids, pixels = np.unique(labels_in[rank], return_counts=True)
         ids, pixels = ids[ids > 0], pixels[ids > 0]
         if not ids.size:
             continue
         largest, share = ids[pixels.argmax()], pixels.max() / patch.size**2
-        ((rows, cols),) = ndimage.find_objects((labels == largest).astype(np.uint8))
+        rows, cols = labels_of[patch.image_id].box(largest)
         if share > LARGEST or min(rows.stop - rows.start, cols.stop - cols.start) >= patch.size:
             raise WorkflowError(
                 f"{files[patch.image_id]}: one outline covers {share:.0%} of patch {rank}, from row {rows.start} to "
@@ -239,20 +243,17 @@ def _check_sizes(
 
 def _check_places(
     patches: Sequence[tuple[int, Patch]],
-    counts: Sequence[int],
-    labels_of: Mapping[str, np.ndarray],
+    labels_in: Mapping[int, np.ndarray],
+    labels_of: Mapping[str, SparseLabels],
     folder: Path,
     partial: bool,
     empty: bool,
 ) -> set[int]:
     """Return the ranks of the patches to leave out; raise where patches without an outline are not explained."""
-    beyond = {}
+    counts, beyond = [_count(labels_in[rank]) for rank, _ in patches], {}
     for image_id, labels in labels_of.items():
-        rest = labels.copy()
-        inside = [labels[patch.slices] for _, patch in patches if patch.image_id == image_id]
-        touched = np.unique(np.concatenate([part.ravel() for part in inside]))
-        rest[np.isin(rest, touched)] = 0
-        beyond[image_id] = _count(rest)
+        touched = [labels_in[rank].ravel() for rank, patch in patches if patch.image_id == image_id]
+        beyond[image_id] = np.setdiff1d(labels.ids, np.concatenate(touched)).size
     hint = "outlines count on the whole image, not on the PNG of a patch"
     if not any(counts):
         elsewhere = sum(beyond.values())
