@@ -156,6 +156,21 @@ def compare(
         typer.echo(path)
 
 
+@app.command("compare-choices")
+def compare_choices(
+    profile: ProfileOption = "sample-choices",
+    dataset: DatasetOption = "",
+    data_root: RootOption = "",
+    device: DeviceOption = "",
+) -> None:
+    """Ask what the better choices of patches have in common, from the results of Table S: a table and a figure."""
+    from nucseg import choices
+    from nucseg.pipeline import Pipeline
+
+    for path in choices.write(Pipeline(profile, dataset, data_root, device)):
+        typer.echo(path)
+
+
 @app.command("compare-schedules")
 def compare_schedules(
     profile: ProfileOption = "sample",

@@ -23,6 +23,7 @@ COMMANDS = (
     "status",
     "tables",
     "compare",
+    "compare-choices",
     "compare-schedules",
     "compare-synthesis",
     "select",

@@ -1,0 +1,168 @@
+"""What do the better choices of patches have in common? Each one's patches, described, beside the AJI that it led to.
+
+Table S says which strategy chooses well; this asks why. Every choice of patches, of whatever strategy and seed, has a
+handful of properties (how many nuclei, how large, how different from each other), and an AJI of the segmenter that
+learnt from it. Correlations over all choices mix the strategies; those within strategies ask whether, of two choices by
+one strategy, the one with more of something was the better one. Correlation is no cause: nobody set these properties.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+from skimage.color import rgb2hed
+from skimage.measure import regionprops_table
+
+from nucseg import figures
+from nucseg.experiments import Experiment
+from nucseg.figures.choices import figure_choices
+from nucseg.masks import touching_share
+from nucseg.pipeline import Pipeline
+from nucseg.progress import task
+from nucseg.results import ResultsError, read_results
+from nucseg.selection import coverage, redundancy
+from nucseg.stats import holm
+from nucseg.store import published, write_text
+from nucseg.tables import named
+from nucseg.tables.formats import Cell, markdown
+
+MEASURES = {
+    "nuclei": "nuclei to outline",
+    "nucleus share": "share of their pixels that is nucleus",
+    "nucleus area": "median area of a nucleus, px²",
+    "area spread": "spread of these areas: quartile distance over median",
+    "touching": "share of nuclei that touch another one",
+    "images": "different images",
+    "stain spread": "spread of haematoxylin between the patches: standard deviation of their means",
+    "colour spread": "spread of colour between the patches: standard deviation of their mean RGB, levels",
+    "redundancy": "cosine similarity of a patch to its nearest fellow, in features",
+    "distance": "distance of the average patch of the pool to the nearest chosen one, in features",
+}
+NOTES = (
+    "ρ: Spearman's rank correlation with the AJI of the segmenter that learnt from the choice, naive augmentation and "
+    "no pseudo labels; over all choices, and within strategies: ranks of what remains when each strategy's mean is "
+    "taken away from both. P of the latter, in brackets after Holm's correction over the rows of this table.",
+    "A choice is one strategy with one seed, which also seeds the training: part of the AJI's spread is not the "
+    "patches'. Labels are looked at here to describe choices; no strategy saw them.",
+)
+
+
+def describe(run: Pipeline, experiment: Experiment) -> dict[str, float]:
+    """Return the `MEASURES` of the patches that an experiment annotates."""
+    patches, pairs = run.selection(experiment).patches, run.annotated(experiment)
+    areas = np.concatenate([regionprops_table(labels, properties=("area",))["area"] for _, labels in pairs])
+    low, middle, high = np.percentile(areas, (25, 50, 75)) if areas.size else (np.nan,) * 3
+    nuclei = {(p.image_id, n) for p, (_, labels) in zip(patches, pairs, strict=True) for n in np.unique(labels) if n}
+    haematoxylin = [rgb2hed(image)[..., 0].mean() for image, _ in pairs]
+    colours = np.array([image.mean(axis=(0, 1)) for image, _ in pairs])
+    pool = run.features()
+    rows = pool.rows_of(patches)
+    found = (
+        len(nuclei),
+        np.mean([(labels > 0).mean() for _, labels in pairs]),
+        middle,
+        (high - low) / middle,
+        np.mean([touching_share(labels) for _, labels in pairs if labels.any()]),
+        len({patch.image_id for patch in patches}),
+        np.std(haematoxylin),
+        np.mean(colours.std(axis=0)),
+        redundancy(pool.features[rows]) if len(rows) > 1 else np.nan,
+        coverage(pool.features, rows),
+    )
+    return {name: float(value) for name, value in zip(MEASURES, found, strict=True)}
+
+
+def measure(run: Pipeline) -> pd.DataFrame:
+    """Return one line for each choice of patches that has results: strategy, seed, AJI, run_id and the `MEASURES`.
+
+    Raises
+    ------
+    ResultsError
+        With fewer than ten choices by two strategies, or results of other data than those at hand.
+    """
+    path, name = published("tables", run.profile.name) / "results.csv", Path(run.dataset.name).name
+    lines = read_results(path) if path.is_file() else pd.DataFrame(columns=["dataset"])
+    lines = lines[lines["dataset"] == name]
+    hint = f"nucseg run --profile {run.profile.name} --dataset {name} --table S"
+    if len(lines) and set(lines["fingerprint"]) != {run.dataset.fingerprint}:
+        raise ResultsError(f"{path}: made from another version of {name} than the one at hand; measure anew: {hint}")
+    k1, k2 = run.profile.ours(name).k1, run.profile.grid.k2
+    if len(lines):
+        alone = (lines["augmentation"] == "naive") & (lines["rounds"] == 0) & (lines["k1"] == k1)
+        lines = lines[alone & (lines["selection"] != "random-centre-crop")]  # those lie beside the pool's grid
+    groups = list(lines.groupby(["selection", "seed"], sort=False)) if len(lines) else []
+    if len(groups) < 10 or lines["selection"].nunique() < 2:
+        raise ResultsError(f"{path}: {len(groups)} choices of patches on {name}; ten by two strategies are too few for "
+                           f"a correlation, and fewer are none: {hint}")  # fmt: skip
+    found = []
+    with task("describing choices", len(groups)) as progress:
+        for i, ((strategy, seed), group) in enumerate(groups):
+            experiment = run.experiment(
+                selection=strategy, k1=k1, k2=k2, augmentation="naive", rounds=0, seed=int(seed)
+            )
+            about = {"strategy": strategy, "seed": int(seed), "AJI": group["aji"].mean()}
+            found.append({**about, **describe(run, experiment), "run_id": group["run_id"].iloc[0]})
+            progress.update(i + 1, f"{strategy}, seed {seed}")
+    return pd.DataFrame(found)
+
+
+def correlations(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each of the `MEASURES`, its rank correlation with AJI over all choices and within strategies.
+
+    Columns: measure, rho, rho within, P within, P within Holm; strongest within first. A measure that does not vary has
+    NaN.
+    """
+    rows = []
+    groups = frame.groupby("strategy")
+    for name in MEASURES:
+        inside = [frame[column] - groups[column].transform("mean") for column in (name, "AJI")]
+        if min(frame[name].nunique(), inside[0].round(12).nunique()) < 2:
+            rows.append({"measure": name, "rho": np.nan, "rho within": np.nan, "P within": np.nan})
+            continue
+        within = spearmanr(*inside)
+        rho = spearmanr(frame[name], frame["AJI"]).statistic
+        rows.append({"measure": name, "rho": rho, "rho within": within.statistic, "P within": within.pvalue})
+    table = pd.DataFrame(rows)
+    table["P within Holm"] = holm(table["P within"])
+    order = table["rho within"].abs().sort_values(ascending=False, kind="stable", na_position="last").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def as_markdown(frame: pd.DataFrame, caption: str) -> str:
+    """Return the correlations as Markdown, with the mean of each measure by strategy beside them."""
+    table, means = correlations(frame), frame.groupby("strategy")[["AJI", *MEASURES]].mean()
+    means = means.sort_values("AJI", ascending=False)
+    header = ["property of the patches", "ρ", "ρ within strategies", "P", *(f"mean of {name}" for name in means.index)]
+    body = [[Cell("AJI"), Cell(""), Cell(""), Cell(""), *(Cell(f"{value:.3f}") for value in means["AJI"])]]
+    for line in table.to_dict("records"):
+        name = line["measure"]
+        numbers = [_signed(line["rho"]), _signed(line["rho within"])]
+        p = "" if np.isnan(line["P within"]) else f"{line['P within']:.2g} ({line['P within Holm']:.2g})"
+        body.append([Cell(text) for text in (MEASURES[name], *numbers, p, *(f"{v:.3g}" for v in means[name]))])
+    return markdown(caption, header, body, NOTES)
+
+
+def _signed(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:+.2f}".replace("-", "−")
+
+
+def write(run: Pipeline) -> tuple[Path, ...]:
+    """Write ``choices_<dataset>.csv`` and ``.md`` beside the tables, and a figure with the best and worst choice."""
+    frame, name = measure(run), Path(run.dataset.name).name
+    folder = published("tables", run.profile.name)
+    write_text(folder / f"choices_{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
+    n = f"{len(frame)} choices of {run.profile.ours(run.dataset.name).k1} patches"
+    caption = f"What the better choices of patches have in common ({named(name)}, {run.profile.name}, {n})"
+    write_text(folder / f"choices_{name}.md", as_markdown(frame, caption))
+    shown = {}
+    for title, index in (("best", frame["AJI"].idxmax()), ("worst", frame["AJI"].idxmin())):
+        line = frame.loc[index]
+        experiment = run.experiment(selection=line["strategy"], augmentation="naive", rounds=0, seed=int(line["seed"]))
+        shown[f"{title}: {line['strategy']}, AJI {line['AJI']:.3f}"] = [image for image, _ in run.annotated(experiment)]
+    picture = run.figure_path("choices")
+    drawn = figure_choices(frame, correlations(frame), MEASURES, shown)
+    figures.save(drawn, picture, run.signature(), sorted(set(frame["run_id"]))[:1], colours=128)
+    return folder / f"choices_{name}.csv", folder / f"choices_{name}.md", picture

@@ -1,0 +1,57 @@
+"""Properties of chosen patches against the AJI that they led to, and the best and the worst choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+PANELS = 4  # properties that are drawn: those with the strongest correlations
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
+
+
+def figure_choices(
+    frame: pd.DataFrame,
+    correlations: pd.DataFrame,
+    words: Mapping[str, str],
+    shown: Mapping[str, Sequence[np.ndarray]],
+) -> Figure:
+    """Draw the result of `nucseg.choices`.
+
+    Parameters
+    ----------
+    frame, correlations
+        Of `nucseg.choices.measure` and `nucseg.choices.correlations`.
+    words
+        What each measure is, for the axes.
+    shown
+        Patches (h, w, 3) uint8 of a few choices, by title; one row each.
+    """
+    columns = max(len(patches) for patches in shown.values())
+    figure = Figure(figsize=(11, 3.3 + 1.5 * len(shown)), layout="constrained")
+    top, *rows = figure.subfigures(1 + len(shown), 1, height_ratios=(3.1, *[1.5] * len(shown)))
+    drawn = correlations.dropna()["measure"].head(PANELS)
+    axes = top.subplots(1, max(len(drawn), 1), sharey=True, squeeze=False)[0]
+    strategies = list(frame.groupby("strategy")["AJI"].mean().sort_values(ascending=False).index)
+    for axis, name in zip(axes, drawn, strict=False):
+        for strategy, colour in zip(strategies, COLOURS, strict=False):
+            mine = frame[frame["strategy"] == strategy]
+            axis.plot(mine[name], mine["AJI"], "o", ms=4, alpha=0.75, color=colour, mec="none", label=strategy)
+        rho = correlations.set_index("measure").loc[name]
+        signed = [f"{rho[column]:+.2f}".replace("-", "−") for column in ("rho", "rho within")]
+        axis.set_title(f"ρ {signed[0]}, within strategies {signed[1]}", fontsize=8)
+        axis.set_xlabel(words[name].replace(", ", ",\n", 1).replace(": ", ":\n", 1), fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test AJI of what learnt from them", fontsize=8)
+    top.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=8, frameon=False)
+    for row, (title, patches) in zip(rows, shown.items(), strict=True):
+        row.suptitle(title, fontsize=9)
+        panels = row.subplots(1, columns, squeeze=False)[0]
+        for axis in panels:
+            axis.set_axis_off()
+        for axis, patch in zip(panels, patches, strict=False):
+            axis.imshow(patch, interpolation="antialiased")
+    return figure
