@@ -49,7 +49,14 @@ def check_label_map(labels: np.ndarray, name: str = "labels", unknown: bool = Fa
 
 
 def relabel(labels: np.ndarray) -> np.ndarray:
-    """Renumber the ids of a label map to 1..n in their order, background and `IGNORE` kept; (H, W) int32."""
+    """Renumber the ids of a label map to 1..n in their order, background and `IGNORE` kept; (H, W) int32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> relabel(np.array([[7, 7, 0, 3]])).tolist()
+    [[2, 2, 0, 1]]
+    """
     check_label_map(labels, unknown=True)
     largest = int(labels.max(initial=0))
     if largest > 4 * labels.size:  # too many numbers for a table of them

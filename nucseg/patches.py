@@ -34,7 +34,13 @@ class Patch:
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Row and column slices of the patch in its image."""
+        """Row and column slices of the patch in its image.
+
+        Examples
+        --------
+        >>> Patch("slide1", row=100, col=40, size=256).slices
+        (slice(100, 356, None), slice(40, 296, None))
+        """
         return slice(self.row, self.row + self.size), slice(self.col, self.col + self.size)
 
     def crop(self, array: np.ndarray) -> np.ndarray:
