@@ -23,7 +23,15 @@ PROFILES = [
         "sample",
         "sample-choices",
     ),
-    *("sample-models", "sample-recipes", "sample-recipes-silent", "sample-rows", "sample-seeds", "sample-teacher"),
+    *(
+        "sample-models",
+        "sample-nuclei",
+        "sample-recipes",
+        "sample-recipes-silent",
+        "sample-rows",
+        "sample-seeds",
+        "sample-teacher",
+    ),
     "sample-teacher-silent",
     "slides",
     "slides-cpu",
@@ -43,7 +51,9 @@ def test_a_profile_lays_out_experiments_for_its_dataset(name):
     profile = load_profile(name)
     found = experiments((*TABLES, "S"), profile.dataset, profile.grid)
     assert found
-    if not name.startswith(("sample-choices", "sample-models", "sample-recipes")):  # these ask another question
+    if not name.startswith(
+        ("sample-choices", "sample-models", "sample-nuclei", "sample-recipes")
+    ):  # these ask another question
         assert profile.ours(profile.dataset) in found
         assert profile.ours(profile.dataset).rounds > 0
 

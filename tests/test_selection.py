@@ -34,8 +34,8 @@ from nucseg.selection import (
     select,
 )
 from nucseg.selection.cps import choose
-from nucseg.selection.features import positions
 from nucseg.selection.kmeans import _lloyd, _means, kmeans
+from nucseg.selection.pool import grid, positions
 from nucseg.selection.strategies import overlap_rule
 
 SUBSETS = {"cps": (1, 2, 3), "cps-no-2nd": (1, 3), "cps-no-3rd": (1, 2), "kmeans": (1,)}
@@ -315,7 +315,7 @@ def test_a_large_image_is_read_in_bands_and_gives_the_same_patches(monkeypatch):
     (small,) = images(1)
     small.image = image
     whole = extract([small], encoder, config, "cpu")
-    monkeypatch.setattr("nucseg.selection.features.BAND_PIXELS", 50 * 90)
+    monkeypatch.setattr("nucseg.selection.pool.BAND_PIXELS", 50 * 90)
     large = Region(small.id, image)
     banded = extract([large], encoder, config, "cpu")
     assert len(whole) > 20
@@ -573,7 +573,7 @@ def test_probcover_covers_greedily_with_balls_of_the_largest_pure_radius(slides,
 def test_standardised_picks_do_not_overlap_and_hold_at_least_the_median_content_of_their_cluster(slides, pool):
     found = select(slides, "cps-standardised", 4, 2, config=SMALL, features=pool, seed=2)
     grids = [(pool.rows[pool.image_ids == s.id], pool.cols[pool.image_ids == s.id]) for s in slides]
-    content = nuclear_content([s.image for s in slides], grids, 32)
+    content = nuclear_content(slides, grids, 32)
     coarse = cps(pool.features, pool.sub_features, 4, 2, 2, config=SMALL).coarse
     rows = [_row(pool, p) for p in found.patches]
     for k, row in enumerate(rows):
@@ -587,9 +587,42 @@ def test_nuclear_content_is_the_share_of_blue_stain_in_each_patch():
     image = np.full((96, 96, 3), pink, np.uint8)
     image[:48, :48] = purple
     rows, cols = np.array([0, 0, 48, 24]), np.array([0, 48, 48, 24])
-    found = nuclear_content([image], [(rows, cols)], 48)
+    found = nuclear_content([Image("a", image)], [(rows, cols)], 48)
     np.testing.assert_allclose(found, [1, 0, 0, 0.25], atol=0.06)
-    assert nuclear_content([np.full((48, 48, 3), 255, np.uint8)], [([0], [0])], 48) == [0]
+    assert nuclear_content([Image("white", np.full((48, 48, 3), 255, np.uint8))], [([0], [0])], 48) == [0]
+
+
+def test_the_nuclear_content_of_a_large_image_is_measured_in_bands(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = np.full((150, 90, 3), (236, 190, 215), np.uint8)
+    image[rng.random((30, 18)).repeat(5, 0).repeat(5, 1) < 0.3] = (90, 60, 140)
+    rows, cols = grid("a", 150, 90, replace(SMALL, step=8))
+    whole = nuclear_content([Image("a", image)], [(rows, cols)], 32)
+    monkeypatch.setattr("nucseg.selection.pool.BAND_PIXELS", 50 * 90)
+    large = Region("a", image)
+    banded = nuclear_content([large], [(rows, cols)], 32)
+    assert max(bottom - top for top, bottom in large.read) <= 50
+    assert np.abs(banded - whole).max() < 0.03
+    assert whole.std() > 0.03
+
+
+@pytest.mark.parametrize("strategy", ["kmeans", "cps", "random-crop", "cps-standardised"])
+def test_what_holds_least_nuclei_is_left_out_of_the_pool_whatever_the_strategy(strategy):
+    pale, dark = images(2)
+    dark.image[:, :48] = (90, 60, 140)  # its left half is nuclei
+    config = replace(SMALL, nuclei=0.6)
+    found = select([pale, dark], strategy, 3, 2, encoder=MeanAndSpread(), config=config, device="cpu", seed=3)
+    pool = extract([pale, dark], MeanAndSpread(), SMALL, "cpu")
+    grids = [(pool.rows[pool.image_ids == s.id], pool.cols[pool.image_ids == s.id]) for s in (pale, dark)]
+    content = nuclear_content([pale, dark], grids, 32)
+    assert all(content[row] >= np.quantile(content, 0.55) for row in pool.rows_of(found.patches))
+    assert "windows with least nuclear content left out" in " ".join(found.notes)
+    assert found.switches["nuclei"] == 0.6
+
+
+def test_enough_patches_stay_for_the_budget_however_many_are_to_be_left_out(slides):
+    config = replace(SMALL, nuclei=0.99)
+    assert len(select(slides, "random-crop", 7, config=config, device="cpu").patches) == 7
 
 
 def test_coverage_is_the_mean_distance_to_the_nearest_pick():
@@ -644,6 +677,7 @@ def test_select_refuses_what_cannot_be_meant(slides, pool):
         ("tol", -1.0),
         ("exclusion", 1.5),
         ("content_floor", -0.1),
+        ("nuclei", 1.0),
         ("fine_seed", -1),
     ],
 )

@@ -23,6 +23,10 @@ class SelectionConfig:
         Least share of a patch that shows tissue and not glass or fat (`content.GLASS`); others are left out of the
         pool. 0 keeps all, as in the paper, whose images are cut from tissue; slides are mostly glass. The centre crops
         of ``random-centre-crop`` are not from the pool.
+    nuclei
+        Share of the pool that is left out because it holds least nuclear content (`pool.nuclear_content`, by colour
+        alone), whatever the strategy. 0 keeps all, as in the paper. The centre crops of ``random-centre-crop`` are not
+        from the pool.
     normalise
         ImageNet mean and standard deviation before the encoder; the released code feeds plain [0, 1] (A6).
     batch
@@ -58,6 +62,7 @@ class SelectionConfig:
     step: int = 15
     cover_border: bool = False
     tissue: float = 0.0
+    nuclei: float = 0.0
     normalise: bool = True
     batch: int = 512
     cpu_batch: int = 4
@@ -88,6 +93,8 @@ class SelectionConfig:
             raise ValueError(f"size must be even to be cut 2 x 2, got {self.size}")
         if self.tol < 0:
             raise ValueError(f"tol must be >= 0, got {self.tol}")
+        if not 0 <= self.nuclei < 1:
+            raise ValueError(f"nuclei must lie in 0..1 (1 excluded), got {self.nuclei}")
         for name in ("tissue", "exclusion", "ball_purity", "content_floor", "standard_exclusion"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -1,4 +1,4 @@
-"""The pool of candidate patches and f of every patch and sub-region (Sec. III-A).
+"""f of every patch of the pool and of its sub-regions (Sec. III-A).
 
 Each image is decoded and normalised once; crops are cut from it on the device by one gather per batch, so that no patch
 ever becomes a file, and patches and sub-regions come out of one pass over the image. Sub-regions are fed at their
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nucseg.selection.config import SelectionConfig
-from nucseg.selection.content import tissue_share
-
-BAND_PIXELS = 50_000_000  # of an image in memory at once: 1.5 GB with its normalised copy
+from nucseg.selection.pool import bands, windows
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,12 @@ class PatchFeatures:
         }
         return [place[patch.image_id, patch.row, patch.col] for patch in patches]
 
+    def only(self, kept: np.ndarray) -> PatchFeatures:
+        """Return the patches that a mask (n,) bool keeps."""
+        arrays = (self.image_ids, self.rows, self.cols, self.features, self.sub_features)
+        image_ids, rows, cols, features, sub_features = (array[kept] for array in arrays)
+        return PatchFeatures(image_ids, rows, cols, self.size, features, sub_features)
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return everything as plain arrays by name, fit for ``np.savez`` without pickling."""
         return {name: np.asarray(getattr(self, name)) for name in self.__dataclass_fields__}
@@ -80,74 +84,6 @@ class PatchFeatures:
         return cls(
             **{name: arrays[name] for name in cls.__dataclass_fields__ if name != "size"}, size=int(arrays["size"])
         )
-
-
-def positions(length: int, size: int, step: int, cover_border: bool = False) -> np.ndarray:
-    """Starts of the windows along one side: 0, step, ... and, if asked, one flush with the end (A12)."""
-    starts = np.arange(0, length - size + 1, step)
-    if cover_border and len(starts) and starts[-1] != length - size:
-        starts = np.append(starts, length - size)
-    return starts
-
-
-def grid(image_id: str, height: int, width: int, config: SelectionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of all patches of one image, row-major, both (n,).
-
-    Raises
-    ------
-    ValueError
-        If the image is smaller than a patch.
-    """
-    if height < config.size or width < config.size:
-        raise ValueError(
-            f"image {image_id}: {height} x {width} pixels hold no patch of {config.size}; "
-            "choose a smaller size, or leave this image out"
-        )
-    rows, cols = (positions(n, config.size, config.step, config.cover_border) for n in (height, width))
-    return np.repeat(rows, len(cols)), np.tile(cols, len(rows))
-
-
-def windows(sample: Any, config: SelectionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the patches of one image that are in the pool: those of `grid` with enough tissue."""
-    rows, cols = grid(sample.id, *image_shape(sample), config)
-    if not config.tissue:
-        return rows, cols
-    kept = np.zeros(len(rows), dtype=bool)
-    for own, top, pixels in bands(sample, rows, config.size):
-        kept[own] = tissue_share(pixels, rows[own] - top, cols[own], config.size) >= config.tissue
-    return rows[kept], cols[kept]
-
-
-def bands(sample: Any, rows: np.ndarray, size: int) -> Iterator[tuple[slice, int, np.ndarray]]:
-    """Read an image of any size from top to bottom, in bands that hold whole patches.
-
-    Parameters
-    ----------
-    sample
-        With ``.id`` and ``.image``; one larger than `BAND_PIXELS` is read by its ``.region``, where it has that.
-    rows
-        (n,) upper edges of patches, ascending.
-    size
-        Side of a patch, pixels.
-
-    Yields
-    ------
-    slice, int, array
-        Which patches lie in the band, its first row in the image, and its pixels (h, W, 3) uint8.
-    """
-    height, width = image_shape(sample)
-    if height * width <= BAND_PIXELS or not hasattr(sample, "region"):
-        if len(rows):
-            yield slice(0, len(rows)), 0, check_image(sample.image, sample.id)
-        return
-    deep = max(BAND_PIXELS // width, size)
-    first = 0
-    while first < len(rows):
-        top = int(rows[first])
-        last = int(np.searchsorted(rows, top + deep - size, side="right"))
-        bottom = int(rows[last - 1]) + size
-        yield slice(first, last), top, check_image(sample.region(top, 0, bottom - top, width), sample.id)
-        first = last
 
 
 def extract(
@@ -231,20 +167,6 @@ def extract(
 def default_device(device: str | torch.device | None) -> torch.device:
     """Return `device`, or CUDA where there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def image_shape(sample: Any) -> tuple[int, int]:
-    """(H, W) of a sample's image, without decoding it where the sample knows."""
-    shape = getattr(sample, "shape", None)
-    height, width = (shape or check_image(sample.image, sample.id).shape)[:2]
-    return int(height), int(width)
-
-
-def check_image(image: np.ndarray, image_id: str) -> np.ndarray:
-    """Return `image` if it is (H, W, 3) uint8."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image {image_id}: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
-    return image
 
 
 def _prepare(

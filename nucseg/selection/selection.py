@@ -15,9 +15,9 @@ from nucseg.config import nearest, to_plain
 from nucseg.encoders import Encoder
 from nucseg.patches import Patch
 from nucseg.selection.config import SelectionConfig
-from nucseg.selection.content import nuclear_content
-from nucseg.selection.features import PatchFeatures, default_device, extract, grid, image_shape, windows
+from nucseg.selection.features import PatchFeatures, default_device, extract
 from nucseg.selection.others import k_center, probcover, standardised, typiclust
+from nucseg.selection.pool import grid, image_shape, nuclear_content, windows
 from nucseg.selection.strategies import CPS_TERMS, Picks, Request, centre_crops, centre_rows, consistency, random_crops
 
 # Each takes a pool and a request and returns picks.
@@ -174,8 +174,13 @@ def select(
             pool = features
             switches["encoder"] = encoder if isinstance(encoder, str) else getattr(encoder, "name", "own module")
         content = None
-        if strategy == "cps-standardised":
-            content = nuclear_content((s.image for s in samples), grids.values(), config.size)
+        if strategy == "cps-standardised" or config.nuclei:
+            content = nuclear_content(samples, grids.values(), config.size)
+        if config.nuclei:
+            # Ranks, not values: where many patches hold nothing at all, exactly the wanted share is left out.
+            kept = np.argsort(np.argsort(content, kind="stable")) >= min(int(config.nuclei * len(pool)), len(pool) - k1)
+            pool, content = pool.only(kept), content[kept]
+            glass += f"{'; ' * bool(glass)}{(~kept).sum()} windows with least nuclear content left out"
         picks = STRATEGIES[strategy](pool, Request(k1, k2, seed, config, device, content))
         patches = tuple(
             Patch(str(pool.image_ids[i]), int(pool.rows[i]), int(pool.cols[i]), pool.size) for i in picks.rows

@@ -26,8 +26,8 @@ from PIL import Image
 from nucseg.data import load_dataset
 from nucseg.encoders import Encoder
 from nucseg.selection import CPS, STRATEGIES, PatchFeatures, SelectionConfig, coverage_table, cps, extract
-from nucseg.selection.features import grid
 from nucseg.selection.kmeans import kmeans
+from nucseg.selection.pool import grid
 
 
 def main() -> None:
