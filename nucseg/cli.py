@@ -225,6 +225,9 @@ def select(
     size: Annotated[int, typer.Option(help="Side of a patch in pixels; 0: the profile's.")] = 0,
     step: Annotated[int, typer.Option(help="Sliding step in pixels; 0: a quarter of the side.")] = 0,
     tissue: Annotated[float, typer.Option(help="Least share of tissue in a patch; 0 looks at bare glass too.")] = 0.5,
+    nuclei: Annotated[
+        float, typer.Option(help="Share of the windows to leave out, those with least nuclei by their colour.")
+    ] = 0.0,
     encoder: Annotated[str, typer.Option(help="Pretrained encoder; empty: the profile's.")] = "",
     profile: ProfileOption = "sample",
     seed: SeedOption = 0,
@@ -238,7 +241,7 @@ def select(
 
     settings = load_profile(profile)
     size = size or settings.selection.size
-    config = replace(settings.selection, size=size, step=step or max(1, size // 4), tissue=tissue)
+    config = replace(settings.selection, size=size, step=step or max(1, size // 4), tissue=tissue, nuclei=nuclei)
     settings = replace(settings, selection=config, encoder=encoder or settings.encoder)
     selection = workflow.select_patches(images, out, k1, strategy, settings, seed, device)
     for rank, patch in enumerate(selection.patches, 1):

@@ -6,6 +6,7 @@ import json
 import pickle
 import tracemalloc
 import uuid
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -529,3 +530,16 @@ def test_outlines_on_a_whole_slide_take_memory_by_what_is_drawn(tmp_path, suffix
     assert report.n_nuclei == 1
     assert labels.box(1) == (slice(corner, corner + 20), slice(corner, corner + 30))
     assert labels.crop(corner - 10, corner - 10, 64, 64).sum() == 600
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_one_nucleus_in_two_pieces_is_read_back_as_one(tmp_path, suffix):
+    labels = np.zeros((20, 20), np.int32)
+    labels[2:6, 2:6] = labels[10:14, 2:6] = 1
+    write_labels(tmp_path / f"a{suffix}", labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (read_labels(tmp_path / f"a{suffix}") == labels).all()
+    Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "b.png")  # by another program: a mask
+    with pytest.warns(LabelWarning, match="binary mask"):
+        assert read_labels(tmp_path / "b.png").max() == 2

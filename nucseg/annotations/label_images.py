@@ -15,6 +15,7 @@ import numpy as np
 from nucseg.annotations.errors import AnnotationError, LabelWarning
 from nucseg.labels import check_label_map
 
+MARK = "nucseg label map: one number per nucleus"  # in the files that we write
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 BINARY_VALUES = (1, 255, 65535)  # what programs write for "inside" in a binary mask
 
@@ -98,11 +99,11 @@ def write_labels(path: str | Path, labels: np.ndarray) -> None:
     elif suffix == ".png":
         from PIL import Image
 
-        Image.fromarray(stored).save(beside)
+        Image.fromarray(stored).save(beside, format="png", pnginfo=_png_mark())
     else:
         import tifffile
 
-        tifffile.imwrite(beside, stored, compression="zlib", photometric="minisblack")
+        tifffile.imwrite(beside, stored, compression="zlib", photometric="minisblack", description=MARK, metadata=None)
     beside.replace(path)
 
 
@@ -112,7 +113,7 @@ def _split_if_binary(labels: np.ndarray, path: Path) -> np.ndarray:
         return labels
     parts = _components(labels)
     count = int(parts.max())
-    if count < 2:
+    if count < 2 or _is_marked(path):
         return labels
     warnings.warn(
         f"{path}: a binary mask (only 0 and {top}); its {count} connected parts were taken as nuclei, so nuclei that "
@@ -121,6 +122,29 @@ def _split_if_binary(labels: np.ndarray, path: Path) -> np.ndarray:
         stacklevel=3,
     )
     return parts
+
+
+def _png_mark():
+    from PIL.PngImagePlugin import PngInfo
+
+    mark = PngInfo()
+    mark.add_text("Description", MARK)
+    return mark
+
+
+def _is_marked(path: Path) -> bool:
+    """Say whether `write_labels` wrote a file: one nucleus in two pieces looks like a binary mask of two."""
+    if path.suffix.lower() == ".png":
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return image.info.get("Description") == MARK
+    if path.suffix.lower() in (".tif", ".tiff"):
+        import tifffile
+
+        with tifffile.TiffFile(path) as file:
+            return file.pages[0].description == MARK
+    return False
 
 
 def _components(mask: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ def import_annotations(
         labels = inverse[1:].reshape(labels.shape)
         name = _patch_file(rank, patch, names)
         Image.fromarray(sample.region(patch.row, patch.col, patch.size, patch.size)).save(out / "images" / name)
-        Image.fromarray(labels.astype(np.uint16)).save(out / "labels" / name)
+        annotations.write_labels(out / "labels" / name, labels)
         rows.append({"rank": rank, **to_plain(patch), "file": name, "nuclei": nuclei})
     table = pd.DataFrame(rows)
     table.to_csv(out / "patches.csv", index=False)
