@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import nucseg as package
 from nucseg import messages
-from nucseg.cli import STRATEGY_HELP, _spread, _tables, app, main
+from nucseg.cli import _spread, app, main
+from nucseg.commands.options import STRATEGY_HELP, chosen_tables
 from nucseg.config import ConfigError
 from nucseg.messages import one_line
 from nucseg.models import REGISTRY
@@ -80,13 +81,13 @@ def test_missing_data_are_reported_before_any_notebook_runs(tmp_path):
 
 
 def test_tables_are_named_by_roman_or_arabic_numbers():
-    assert _tables(["1", "iv", "IV"]) == ("I", "IV")
-    assert _tables(["1,3", "2 S"]) == ("I", "III", "II", "S")
+    assert chosen_tables(["1", "iv", "IV"]) == ("I", "IV")
+    assert chosen_tables(["1,3", "2 S"]) == ("I", "III", "II", "S")
     assert _spread(["run", "-t", "1", "iv", "--profile", "2"]) == ["run", "-t", "1", "-t", "iv", "--profile", "2"]
     assert _spread(["select", "1", "2", "--table", "S", "x"]) == ["select", "1", "2", "--table", "S", "x"]
-    assert _tables(None) == ("I", "II", "III", "IV", "V", "VI")
+    assert chosen_tables(None) == ("I", "II", "III", "IV", "V", "VI")
     with pytest.raises(ConfigError, match="no table '7'"):
-        _tables(["7"])
+        chosen_tables(["7"])
 
 
 def test_values_that_our_own_code_refuses_are_one_line_and_warnings_name_no_code(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,144 @@
+"""From one's own slides to label maps, and the public datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nucseg.commands.options import STRATEGY_HELP, DeviceOption, OutOption, ProfileOption, SeedOption, app
+
+
+@app.command()
+def select(
+    images: Annotated[Path, typer.Argument(help="A folder of images; no labels needed.")],
+    out: OutOption,
+    k1: Annotated[int, typer.Option("--k1", "-k", help="How many patches to outline.")] = 9,
+    strategy: Annotated[str, typer.Option(help=STRATEGY_HELP)] = "cps",
+    size: Annotated[int, typer.Option(help="Side of a patch in pixels; 0: the profile's.")] = 0,
+    step: Annotated[int, typer.Option(help="Sliding step in pixels; 0: a quarter of the side.")] = 0,
+    tissue: Annotated[float, typer.Option(help="Least share of tissue in a patch; 0 looks at bare glass too.")] = 0.5,
+    nuclei: Annotated[
+        float, typer.Option(help="Share of the windows to leave out, those with least nuclei by their colour.")
+    ] = 0.0,
+    encoder: Annotated[str, typer.Option(help="Pretrained encoder; empty: the profile's.")] = "",
+    profile: ProfileOption = "sample",
+    seed: SeedOption = 0,
+    device: DeviceOption = "",
+) -> None:
+    """Choose the few patches of your images that are worth outlining, as PNG and QuPath rectangles."""
+    from dataclasses import replace
+
+    from nucseg import workflow
+    from nucseg.profiles import load_profile
+
+    settings = load_profile(profile)
+    size = size or settings.selection.size
+    config = replace(settings.selection, size=size, step=step or max(1, size // 4), tissue=tissue, nuclei=nuclei)
+    settings = replace(settings, selection=config, encoder=encoder or settings.encoder)
+    selection = workflow.select_patches(images, out, k1, strategy, settings, seed, device)
+    for rank, patch in enumerate(selection.patches, 1):
+        typer.echo(f"{rank:3d}  {patch.image_id}  row {patch.row}  column {patch.col}  {patch.size} px")
+    for note in selection.notes:
+        typer.echo(f"     {note}")
+    typer.echo(
+        f"{100 * selection.label_share:.2f} % of all pixels. Outline the nuclei in these patches: {out / 'geojson'}"
+    )
+    typer.echo(f"Then: nucseg import-annotations {out} FOLDER_OF_OUTLINES --out DATASET")
+
+
+@app.command("import-annotations")
+def import_annotations(
+    selection: Annotated[Path, typer.Argument(help="The folder that 'nucseg select' wrote.")],
+    outlines: Annotated[Path, typer.Argument(help="A folder with one .geojson, .xml or label map per image.")],
+    out: OutOption,
+    partial: Annotated[bool, typer.Option("--partial", help="Leave out images and patches without outlines.")] = False,
+    empty: Annotated[bool, typer.Option("--empty", help="Patches without an outline hold no nucleus.")] = False,
+    images: Annotated[str, typer.Option(help="Where the images are now; empty: where 'select' found them.")] = "",
+) -> None:
+    """Bring the outlines back: cut the chosen patches out as a training set."""
+    from nucseg import workflow
+
+    table = workflow.import_annotations(selection, outlines, out, partial, empty, images)
+    typer.echo(table[["rank", "file", "nuclei"]].to_string(index=False))
+    typer.echo(f"{table['nuclei'].sum()} nuclei. Then: nucseg train {out} --out MODEL")
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="A folder of images/ with labels/.")],
+    out: OutOption,
+    segmenter: Annotated[
+        str, typer.Option(help="hoverlite, hovernet, maskrcnn, pffnet, dpmsff, mdcnet, dist or micronet.")
+    ] = "hoverlite",
+    profile: Annotated[
+        str, typer.Option(help="A profile's name or YAML file; empty: slides on a GPU, slides-cpu elsewhere.")
+    ] = "",
+    seed: SeedOption = 0,
+    device: DeviceOption = "",
+    unlabelled: Annotated[
+        str, typer.Option(help="A folder of images without outlines to learn from too: slower, mostly better.")
+    ] = "",
+) -> None:
+    """Train a segmenter on outlined patches; what was stopped goes on where it was, by the same command."""
+    from nucseg import workflow
+    from nucseg.profiles import load_profile
+
+    settings = load_profile(profile or workflow.default_profile(device))
+    typer.echo(f"Profile {settings.name}.")
+    try:
+        result = workflow.train_folder(dataset, out, segmenter, settings, seed, device, unlabelled)
+    except KeyboardInterrupt:
+        kept = any(out.glob(".*.state")) or any(out.glob(".*.first.safetensors"))
+        what = "The same command goes on from what was kept, once a minute" if kept else "Nothing was worth keeping yet"
+        typer.echo(f"\nStopped. {what}.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{result.seconds:.0f} s, last loss {result.curve[-1]['total']:.3f}")
+    typer.echo(f"Then: nucseg predict {out} IMAGES --out DIR")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="The folder that 'nucseg train' wrote.")],
+    images: Annotated[Path, typer.Argument(help="A folder of images.")],
+    out: OutOption,
+    device: DeviceOption = "",
+) -> None:
+    """Segment images: a label map and a QuPath GeoJSON each."""
+    from nucseg import workflow
+
+    typer.echo(workflow.predict_folder(model, images, out, device).to_string(index=False))
+    typer.echo(f"Label maps: {out / 'labels'}   outlines for QuPath: {out / 'geojson'}")
+
+
+@app.command()
+def evaluate(
+    truth: Annotated[Path, typer.Argument(help="A folder of true label maps.")],
+    predicted: Annotated[Path, typer.Argument(help="A folder of predicted ones, by the same names.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = None,
+) -> None:
+    """Print AJI, AJI+, Dice, PQ and F1 per image and their mean."""
+    from nucseg import workflow
+
+    table = workflow.evaluate_folders(truth, predicted)
+    typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(out, index=False)
+
+
+@app.command()
+def fetch(
+    dataset: Annotated[str, typer.Argument(help="tnbc, kumar or monuseg.")],
+    data_root: Annotated[Path, typer.Option(help="Folder to put it in.")] = Path("data"),
+    yes: Annotated[bool, typer.Option("--yes", help="Accept the licence without being asked.")] = False,
+) -> None:
+    """Download a public dataset, or say step by step how to get it."""
+    from nucseg.data.fetch import fetch_dataset
+
+    def ask(licence: str) -> bool:
+        typer.echo(licence)
+        return yes or typer.confirm("Do you accept this licence?")
+
+    typer.echo(fetch_dataset(dataset, data_root, accept_licence=ask))
