@@ -10,7 +10,7 @@ import pytest
 from nucseg.results import read_results
 from nucseg.stats import seed_test
 from nucseg.store import published
-from nucseg.tables.reading import choices, recipes, with_tables
+from nucseg.tables.reading import choices, nuclei, recipes, with_tables
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
@@ -56,6 +56,14 @@ def test_the_gain_by_the_teacher_is_paired_by_the_patches():
     assert cells[2] == printed(*seed_test(one, alone[one.index], same=True)[:3])
     assert cells[4] == printed(*seed_test(one, scores("sample-recipes", "all", 1))[:3])
     assert row(recipes(), "all labels")[3:5] == ["", ""]
+
+
+def test_what_leaving_out_patches_without_nuclei_gains_is_paired_by_seed():
+    one, alone = scores("sample-nuclei", "cps", 0), scores("sample-choices", "cps", 0)
+    cells = row(nuclei(), "CPS")
+    assert cells[1] == f"{one.mean():.3f} ± {one.std():.3f}"
+    assert cells[2] == printed(*seed_test(one, alone[one.index], same=True)[:3])
+    assert row(nuclei(), "random crops")[2].startswith("+0.026 (")
 
 
 def test_a_page_without_the_marks_is_an_error():

@@ -1,4 +1,5 @@
-"""The two tables of docs/results.md: what the choice of patches is worth, and what unlabelled pixels add to it.
+"""The tables of docs/results.md: what the choice of patches is worth, and what is gained by leaving out those with
+hardly a nucleus, and by unlabelled pixels.
 
     python -m nucseg.tables.reading docs/results.md     # or: make readme
 
@@ -18,7 +19,7 @@ from nucseg.tables.table import DATASET_NAMES, Measured, over_seeds
 from nucseg.tables.words import WORDS
 
 DATASETS = ("kumar", "tnbc")
-CHOICES, RECIPES, PILOT = "sample-choices", "sample-recipes", "sample-seeds"
+CHOICES, NUCLEI, RECIPES, PILOT = "sample-choices", "sample-nuclei", "sample-recipes", "sample-seeds"
 FULL = "B.all"
 
 
@@ -67,7 +68,26 @@ def recipes() -> str:
     return _markdown(header, lines)
 
 
-TABLES = {"choices": choices, "recipes": recipes}
+def nuclei() -> str:
+    """Return each strategy's AJI where windows with least nuclear content are left out, its gain by it, and nuclei."""
+    header, found, before = ["patches"], {}, {}
+    for dataset in DATASETS:
+        found[dataset], before[dataset] = measured_of(NUCLEI, dataset), measured_of(CHOICES, dataset)
+        name = DATASET_NAMES[dataset]
+        header += [f"{name}, AJI, {len(load_profile(NUCLEI).grid.seeds)} seeds", "gain", "nuclei", "were"]
+    lines = []
+    for row in _by_score(found):
+        cells = [_word(row)]
+        for dataset in DATASETS:
+            one = found[dataset][row]
+            alone = of_seeds(before[dataset][row], {e.seed for e in one.found})
+            outlined = [f"{each.mean('label_nuclei')[0]:.0f}" for each in (one, alone)]
+            cells += [_mean(one), _difference(one, alone), *outlined]
+        lines.append(cells)
+    return _markdown(header, lines)
+
+
+TABLES = {"choices": choices, "nuclei": nuclei, "recipes": recipes}
 
 
 def _by_score(found: dict[str, dict[str, Measured]]) -> list[str]:
