@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nucseg.figures.segmentation import COLUMNS, PREDICTION, TRUTH, figure7, outlines, overlay
+from nucseg.figures.segmentation import BOTH, COLUMNS, PREDICTION, TRUTH, figure7, outlines, overlay
 
 
 def square(size=40, at=10, side=12):
@@ -29,12 +29,16 @@ def test_a_nucleus_cut_by_the_image_stays_open_there():
     assert rim[:12, 11].all()
 
 
-def test_truth_is_green_and_the_prediction_red_on_top():
-    image = np.full((40, 40, 3), 128, dtype=np.uint8)
-    drawn = overlay(image, square(), square(at=14))
-    assert drawn.shape == (80, 80, 3)
+def test_missed_truth_is_green_a_false_prediction_red_and_what_agrees_yellow():
+    image = np.full((60, 60, 3), 128, dtype=np.uint8)
+    true, pred = square(60), square(60, at=40)  # the one missed, the other invented
+    true[30:38, 5:13], pred[31:39, 5:13] = 7, 8  # found, one pixel lower
+    drawn = overlay(image, true, pred)
+    assert drawn.shape == (120, 120, 3)
     assert (drawn[20, 20:44] == TRUTH).all()
-    assert (drawn[28, 28:52] == PREDICTION).all()
+    assert (drawn[80, 80:104] == PREDICTION).all()
+    assert (drawn[62, 10:26] == BOTH).all()
+    assert not (drawn[60:80, :40] == TRUTH).all(axis=-1).any()
     assert (drawn[:18] == 128).all()
     assert (image == 128).all()
 

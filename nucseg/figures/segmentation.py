@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def figure7(
                 axis.set_title(column, fontsize=9)
             if column in row.predictions:
                 pixels = max(row.labels.shape) * _enlargement(row.labels)
-                width = max(1, round(pixels / (100 * _SIDE)))  # a line of about one pixel when printed at 100 dpi
+                width = math.ceil(pixels / (100 * _SIDE))  # a line of at least one pixel when printed at 100 dpi
                 drawn = overlay(row.image, row.labels, row.predictions[column], width)
                 axis.imshow(drawn, interpolation="antialiased")
                 if scores and column in scores:

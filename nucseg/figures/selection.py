@@ -64,7 +64,7 @@ def figure3(
     if not 0 <= shown < k1:
         raise ValueError(f"shown: expected a coarse cluster in 0..{k1 - 1}, got {shown}")
     columns = min(k1, MOST_THUMBNAILS)
-    figure = Figure(figsize=(11, 7.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(10, 6.6), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(wspace=0.01, w_pad=0.02)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.0))
     left, middle, right = top.subplots(1, 3)
