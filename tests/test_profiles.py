@@ -33,6 +33,7 @@ PROFILES = [
         "sample-teacher",
     ),
     "sample-teacher-silent",
+    "sample-tissue",
     "slides",
     "slides-cpu",
 ]
@@ -52,7 +53,7 @@ def test_a_profile_lays_out_experiments_for_its_dataset(name):
     found = experiments((*TABLES, "S"), profile.dataset, profile.grid)
     assert found
     if not name.startswith(
-        ("sample-choices", "sample-models", "sample-nuclei", "sample-recipes")
+        ("sample-choices", "sample-models", "sample-nuclei", "sample-recipes", "sample-tissue")
     ):  # these ask another question
         assert profile.ours(profile.dataset) in found
         assert profile.ours(profile.dataset).rounds > 0
