@@ -21,6 +21,9 @@ class Dot(Segmenter):
             self.conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Dropout(0.2), nn.Conv2d(4, 1, 1))
         self.calls, self.fail_at = 0, fail_at
 
+    def prepare(self, image):  # without the types that the tests' hook would check before the loop does
+        return image
+
     def loss(self, images, label_maps):
         self.calls += 1
         term = nn.functional.binary_cross_entropy_with_logits(self.conv(images)[:, 0], (label_maps > 0).float())

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from nucseg import beyond
+from nucseg.experiments import Experiment, GridSettings
 from nucseg.paper import TABLES, Row, rows
 from nucseg.profiles import load_profile
 from nucseg.profiles import names as profile_names
@@ -58,7 +59,7 @@ def summary() -> pd.DataFrame:
                 for one in measure(rows(table), of_dataset, dataset, settings, runs):
                     if one.found:
                         arms.setdefault(one.planned, []).append(one)
-            made = [_line(name, dataset, same, took) for same in arms.values()]
+            made = [_line(name, dataset, same, took, settings) for same in arms.values()]
             if not any(settings.rows.values()):
                 known = {line["arm"] for line in made}
                 made += [line for line in _beyond(name, dataset, of_dataset, runs, took) if line["arm"] not in known]
@@ -111,15 +112,18 @@ def _of_runs(took: pd.DataFrame, of_arm: list[str]) -> dict[str, object]:
     return {"minutes a run": mine["minutes"].mean(), "machine": ", ".join(sorted(mine["machine"].unique()))}
 
 
-def _line(profile: str, dataset: str, same: list[Measured], took: pd.DataFrame) -> dict[str, object]:
+def _line(
+    profile: str, dataset: str, same: list[Measured], took: pd.DataFrame, settings: GridSettings
+) -> dict[str, object]:
     first = same[0]
     e = first.found[0]
     printed = None if first.teacher else _printed(first.row, e.segmenter, dataset)
+    words = arm_in_words(e.selection, e.augmentation, e.rounds, first.teacher)
     paper, (aji, spread) = printed.paper[dataset]["aji"] if printed else np.nan, first.mean("aji")
     return {
         "profile": profile,
         "dataset": dataset,
-        "arm": f"{arm_in_words(e.selection, e.augmentation, e.rounds, first.teacher)}, {e.segmenter}",
+        "arm": f"{words}{_budget(e, settings)}, {e.segmenter}",
         "labelled pixels": first.mean("label_share")[0],
         "seeds": len(first.found),
         "AJI": aji,
@@ -131,6 +135,15 @@ def _line(profile: str, dataset: str, same: list[Measured], took: pd.DataFrame) 
         "Dice": first.mean("dice")[0],
         **_of_runs(took, list(first.lines["run_id"].unique())),
     }
+
+
+def _budget(e: Experiment, settings: GridSettings) -> str:
+    """Say K1 and K2 of an arm where they are not those of its profile."""
+    if e.supervision == "full":
+        return ""
+    own = {"K1": settings.k1[e.dataset], "K2": settings.k2}
+    other = [f"{name} = {here}" for name, here in (("K1", e.k1), ("K2", e.k2)) if here != own[name]]
+    return f" ({' and '.join(other)})" if other else ""
 
 
 def _printed(row: Row, segmenter: str, dataset: str) -> Row | None:
