@@ -618,7 +618,7 @@ def test_tiles_double_and_cut_no_nucleus(learnt):
     assert len(whole.scores) >= 8
     assert abs(len(tiled.scores) - len(whole.scores)) <= 1
     both = np.count_nonzero((whole.labels > 0) & (tiled.labels > 0))
-    # Of a briefly trained network: on one machine 0.93 of the pixels are the same, on another 0.897.
+    # Of a briefly trained network: on most machines more than 0.9 of the pixels are the same, on one 0.897.
     assert both > 0.85 * np.count_nonzero((whole.labels > 0) | (tiled.labels > 0))
 
 
