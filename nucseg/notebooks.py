@@ -144,7 +144,8 @@ def execute(
             message = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}")
             raise NotebookFailed(_said(f"{path.name}, cell {error.cell_index}: {message}", output, resume)) from error
         except RuntimeError as error:  # nbclient's word for a kernel that is gone
-            message = f"{path.name}: {error} If its memory ran out, close other programs or take a smaller profile."
+            hint = "if its memory ran out, close other programs or take a smaller profile"
+            message = f"{path.name}: {error}; {hint}"
             raise NotebookFailed(_said(message, output, resume)) from error
     from nbconvert import HTMLExporter
 
