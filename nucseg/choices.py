@@ -72,7 +72,8 @@ def describe(run: Pipeline, experiment: Experiment) -> dict[str, float]:
         redundancy(pool.features[rows]) if len(rows) > 1 else np.nan,
         coverage(pool.features, rows),
     )
-    return {name: float(value) for name, value in zip(MEASURES, found, strict=True)}
+    # Equal choices are equal in the last digit as well, or noise would break ties between ranks.
+    return {name: float(f"{value:.6g}") for name, value in zip(MEASURES, found, strict=True)}
 
 
 def measure(run: Pipeline) -> pd.DataFrame:
@@ -103,7 +104,7 @@ def measure(run: Pipeline) -> pd.DataFrame:
             experiment = run.experiment(
                 selection=strategy, k1=k1, k2=k2, augmentation="naive", rounds=0, seed=int(seed)
             )
-            about = {"strategy": strategy, "seed": int(seed), "AJI": group["aji"].mean()}
+            about = {"strategy": strategy, "seed": int(seed), "AJI": float(f"{group['aji'].mean():.6g}")}
             found.append({**about, **describe(run, experiment), "run_id": group["run_id"].iloc[0]})
             progress.update(i + 1, f"{strategy}, seed {seed}")
     return pd.DataFrame(found)
@@ -118,8 +119,8 @@ def correlations(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     groups = frame.groupby("strategy")
     for name in MEASURES:
-        inside = [frame[column] - groups[column].transform("mean") for column in (name, "AJI")]
-        if min(frame[name].nunique(), inside[0].round(12).nunique()) < 2:
+        inside = [(frame[column] - groups[column].transform("mean")).round(9) for column in (name, "AJI")]
+        if min(frame[name].nunique(), inside[0].nunique()) < 2:
             rows.append({"measure": name, "rho": np.nan, "rho within": np.nan, "P within": np.nan})
             continue
         within = spearmanr(*inside)

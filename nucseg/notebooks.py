@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nucseg.config import nearest
+from nucseg.config import check_name, nearest
 from nucseg.store import home
 
 NOTEBOOKS = ("01_cps", "02_mask_synthesis", "03_csingan", "04_segmentation", "05_tables")
@@ -246,7 +246,7 @@ def reproduce(
     folder
         Where the executed notebooks go.
     weights
-        Expected minutes of each notebook, which the bar's lengths follow.
+        Expected minutes of each notebook, which the bar's lengths follow; a name of none is a ValueError.
     names
         The notebooks to run, in this order.
     resume
@@ -254,6 +254,8 @@ def reproduce(
     """
     from tqdm import tqdm
 
+    for name in weights:
+        check_name("minutes", name, NOTEBOOKS)
     paths = [find(name) for name in names]
     for path in paths:  # a bad parameter is found before the first minute is spent
         check_parameters(path, parameters)

@@ -112,3 +112,8 @@ def test_a_kernel_that_dies_says_what_to_go_on_with(place):
     path = write(place / "notebooks" / "a.ipynb", ("x = 1", ["parameters"]), ("import os; os._exit(9)", []))
     with pytest.raises(NotebookFailed, match=r"(?s)a.ipynb: .*died.*go on with: nucseg reproduce --from 03"):
         notebooks.execute(path, {}, place / "out", resume="nucseg reproduce --from 03")
+
+
+def test_minutes_of_no_notebook_are_refused_before_anything_runs(place):
+    with pytest.raises(ValueError, match=r"04_segmentatoin.*04_segmentation"):
+        notebooks.reproduce({}, place / "out", {"04_segmentatoin": 2.0})

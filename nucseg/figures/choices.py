@@ -34,9 +34,9 @@ def figure_choices(
     top, *rows = figure.subfigures(1 + len(shown), 1, height_ratios=(3.1, *[1.5] * len(shown)))
     drawn = correlations.dropna()["measure"].head(PANELS)
     axes = top.subplots(1, max(len(drawn), 1), sharey=True, squeeze=False)[0]
-    strategies = list(frame.groupby("strategy")["AJI"].mean().sort_values(ascending=False).index)
+    colours = dict(zip(sorted(frame["strategy"].unique()), COLOURS, strict=False))  # the same for every dataset
     for axis, name in zip(axes, drawn, strict=False):
-        for strategy, colour in zip(strategies, COLOURS, strict=False):
+        for strategy, colour in colours.items():
             mine = frame[frame["strategy"] == strategy]
             axis.plot(mine[name], mine["AJI"], "o", ms=4, alpha=0.75, color=colour, mec="none", label=strategy)
         rho = correlations.set_index("measure").loc[name]

@@ -21,7 +21,6 @@ from nucseg.config import ConfigError, from_mapping, nearest
 from nucseg.data import NAMES, data_root
 from nucseg.experiments import Experiment, GridSettings, experiments_of
 from nucseg.masks import MaskConfig
-from nucseg.notebooks import NOTEBOOKS
 from nucseg.paper import row
 from nucseg.pseudo import PseudoConfig
 from nucseg.selection import SelectionConfig
@@ -149,8 +148,7 @@ def load_profile(name: str | Path) -> Profile:
     where = f"profile {path.stem}"
     values = _read(path, where)
     profile = from_mapping(Profile, {"name": path.stem, **values}, where)
-    for setting, known in (("training", models.REGISTRY), ("minutes", NOTEBOOKS)):
-        _check_names(getattr(profile, setting), known, f"{where}.{setting}")
+    _check_names(profile.training, models.REGISTRY, f"{where}.training")
     return replace(
         profile,
         weights={name: str(path.parent / Path(file).expanduser()) for name, file in profile.weights.items()},

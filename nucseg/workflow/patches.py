@@ -204,8 +204,9 @@ def _outline_files(folder: Path, names: Mapping[str, str], partial: bool) -> dic
 
 
 def _read_outlines(path: Path, sample: Sample) -> SparseLabels:
-    readers = {".xml": annotations.read_xml_sparse, ".geojson": annotations.read_geojson_sparse}
-    if read := readers.get(path.suffix.lower().replace(".json", ".geojson")):
+    geojson = annotations.read_geojson_sparse
+    readers = {".xml": annotations.read_xml_sparse, ".geojson": geojson, ".json": geojson}
+    if read := readers.get(path.suffix.lower()):
         labels, report = read(path, sample.shape)
         report.warn()
         return labels
