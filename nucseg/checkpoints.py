@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nucseg.files import whole
 from nucseg.store import OutOfTime
 
 SECONDS = 60.0  # between two writings; a state is up to five times as large as the model
@@ -61,12 +61,8 @@ class Checkpoint:
             self.written = time.monotonic()
 
     def _write(self, state: dict[str, Any]) -> None:
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        try:
+        with whole(self.path) as part:
             torch.save(state, part)
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget the state of a finished training."""

@@ -19,13 +19,14 @@ from skimage.measure import regionprops_table
 from nucseg import figures
 from nucseg.experiments import Experiment
 from nucseg.figures.choices import figure_choices
+from nucseg.files import write_text
 from nucseg.masks import touching_share
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
 from nucseg.results import ResultsError, read_results
 from nucseg.selection import coverage, redundancy
 from nucseg.stats import holm
-from nucseg.store import published, write_text
+from nucseg.store import published
 from nucseg.tables import named
 from nucseg.tables.formats import Cell, markdown
 

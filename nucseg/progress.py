@@ -19,6 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nucseg.files import write_text
+
 _stack: list[Task] = []
 
 
@@ -97,10 +99,7 @@ def _show(finished: bool = False) -> None:
         return
     _last = now
     if path := os.environ.get("NUCSEG_PROGRESS"):
-        part = f"{path}.part"
-        with open(part, "w") as file:
-            json.dump({"fraction": fraction(), "text": describe()}, file)
-        os.replace(part, path)
+        write_text(path, json.dumps({"fraction": fraction(), "text": describe()}))
     elif _quiet():
         return
     elif _in_notebook():

@@ -20,10 +20,11 @@ from nucseg import figures, paper
 from nucseg.config import ConfigError, nearest
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.schedules import schedule_plot
+from nucseg.files import write_text
 from nucseg.paper import TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
-from nucseg.store import OutOfTime, published, write_text
+from nucseg.store import OutOfTime, published
 from nucseg.tables import named
 from nucseg.tables.formats import Cell, markdown
 

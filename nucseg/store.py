@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from nucseg.config import to_plain
+from nucseg.files import write_text
 
 
 def home() -> Path:
@@ -270,15 +271,6 @@ def holder(path: Path) -> str | None:
         except BlockingIOError:
             return file.read()
     return None
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file beside its place and move it there, so that no reader ever sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 @functools.cache

@@ -22,13 +22,14 @@ from nucseg.augment import augment
 from nucseg.encoders import Encoder
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.synthesis import figure_systems
+from nucseg.files import write_text
 from nucseg.gan.quality import assess, colour_contrast
 from nucseg.masks import holds_nucleus
 from nucseg.paper import row, rows
 from nucseg.patches import Patch
 from nucseg.pipeline import Pair, Pipeline
 from nucseg.progress import task
-from nucseg.store import Result, published, write_text
+from nucseg.store import Result, published
 from nucseg.tables.formats import Cell, markdown
 
 REAL = "real"

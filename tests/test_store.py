@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from nucseg.store import OutOfTime, Result, Store, claimed, code_version, holder, home, write_text
+from nucseg.files import write_text
+from nucseg.store import OutOfTime, Result, Store, claimed, code_version, holder, home
 
 
 def make_text(text):

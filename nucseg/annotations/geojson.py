@@ -10,7 +10,6 @@ challenge; nothing is lost silently, every odd feature is in the report.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.outlines import trace
 from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize, unique_names
 from nucseg.annotations.sparse import SparseLabels
+from nucseg.files import write_text
 from nucseg.patches import Patch
 
 NUCLEUS, PATCH = "Nucleus", "Patch"  # classification names
@@ -71,10 +71,7 @@ def write_geojson(
             raise ValueError("ranks: only patches have ranks")
     else:
         features = _patch_features(list(objects), scores, ranks, classification or PATCH, object_type)
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False), "utf-8")
-    beside.replace(path)
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False))
 
 
 def read_geojson(path: str | Path, shape: tuple[int, int]) -> np.ndarray:

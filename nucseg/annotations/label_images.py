@@ -6,13 +6,13 @@ Nothing is ever unpickled: `.npy` files of plain integers are read by numpy, Cel
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 
 from nucseg.annotations.errors import AnnotationError, LabelWarning
+from nucseg.files import whole
 from nucseg.labels import check_label_map
 
 MARK = "nucseg label map: one number per nucleus"  # in the files that we write
@@ -93,18 +93,18 @@ def write_labels(path: str | Path, labels: np.ndarray) -> None:
     if suffix == ".png" and top > np.iinfo(np.uint16).max:
         raise ValueError(f"{path}: ids up to {top} do not fit a 16-bit PNG; write a .tif")
     stored = labels.astype(np.uint16 if top <= np.iinfo(np.uint16).max else np.uint32)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    if suffix == ".npy":
-        np.save(beside, labels.astype(np.int32))
-    elif suffix == ".png":
-        from PIL import Image
+    with whole(path) as part, open(part, "wb") as file:
+        if suffix == ".npy":
+            np.save(file, labels.astype(np.int32))
+        elif suffix == ".png":
+            from PIL import Image
 
-        Image.fromarray(stored).save(beside, format="png", pnginfo=_png_mark())
-    else:
-        import tifffile
+            Image.fromarray(stored).save(file, format="png", pnginfo=_png_mark())
+        else:
+            import tifffile
 
-        tifffile.imwrite(beside, stored, compression="zlib", photometric="minisblack", description=MARK, metadata=None)
-    beside.replace(path)
+            how = {"compression": "zlib", "photometric": "minisblack", "description": MARK, "metadata": None}
+            tifffile.imwrite(file, stored, **how)
 
 
 def _split_if_binary(labels: np.ndarray, path: Path) -> np.ndarray:

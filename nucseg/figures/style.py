@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from skimage.segmentation import mark_boundaries
 
 import nucseg
+from nucseg.files import whole
 
 
 def sign(figure: Figure, text: str) -> Figure:
@@ -42,18 +42,16 @@ def save(
         Keep only so many (at most 256), for a figure of many photographs: a third of the size. 0 keeps all.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sign(figure, signature)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     metadata = {"Software": f"nucseg {nucseg.__version__}", "Description": signature, "Source": " ".join(run_ids)}
-    figure.savefig(part, format="png", dpi=dpi, metadata=metadata, bbox_inches="tight")
-    if colours:
-        text = PngInfo()
-        for key, value in metadata.items():
-            text.add_text(key, value)
-        with Image.open(part) as picture:
-            picture.convert("RGB").quantize(colours).save(part, format="png", optimize=True, pnginfo=text)
-    os.replace(part, path)
+    with whole(path) as part:
+        figure.savefig(part, format="png", dpi=dpi, metadata=metadata, bbox_inches="tight")
+        if colours:
+            text = PngInfo()
+            for key, value in metadata.items():
+                text.add_text(key, value)
+            with Image.open(part) as picture:
+                picture.convert("RGB").quantize(colours).save(part, format="png", optimize=True, pnginfo=text)
     return path
 
 

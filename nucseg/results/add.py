@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from nucseg.files import write_bytes
 from nucseg.results import (
     COUNTED,
     RESULT_COLUMNS,
@@ -33,7 +34,7 @@ from nucseg.results import (
     read_runs,
 )
 from nucseg.results.file import add_results
-from nucseg.results.pack import EXPERIMENT, MB, slug, write_bytes
+from nucseg.results.pack import EXPERIMENT, MB, slug
 from nucseg.results.settings import differences
 from nucseg.store import home, published
 

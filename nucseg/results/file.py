@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from nucseg.files import write_text
 from nucseg.results import (
     EXPERIMENT,
     RESULT_COLUMNS,
@@ -27,7 +28,7 @@ from nucseg.results import (
     read_results,
     read_runs,
 )
-from nucseg.store import locked, published, write_text
+from nucseg.store import locked, published
 
 _COUNTS = ("k1", "k2", "rounds", "seed", "round", "best", "seen", "n_true", "n_pred")
 _SHARES = (*SCORES, "label_share")

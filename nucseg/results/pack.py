@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import stat
 import zipfile
@@ -24,6 +23,7 @@ from PIL import Image
 
 from nucseg.annotations.errors import DataError
 from nucseg.data import Dataset, data_root, load_dataset
+from nucseg.files import write_bytes
 from nucseg.results import KEY, ResultsError, empty_results, read_results, read_runs
 from nucseg.store import Store, home, published
 
@@ -223,11 +223,3 @@ def _put(zipped: zipfile.ZipFile, member: str, content: bytes) -> None:
     about = zipfile.ZipInfo(member, (2000, 1, 1, 0, 0, 0))
     about.external_attr, about.compress_type = (stat.S_IFREG | 0o644) << 16, zipfile.ZIP_DEFLATED
     zipped.writestr(about, content)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)

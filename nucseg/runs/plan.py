@@ -24,6 +24,7 @@ import torch
 from nucseg import beyond, metrics
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.segmentation import Row
+from nucseg.files import write_text
 from nucseg.paper import FIGURE_7, TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import absolute_arguments
@@ -33,7 +34,7 @@ from nucseg.results.settings import changed, experiment_of
 from nucseg.runs import backends
 from nucseg.runs.estimate import Estimate, ToGo, estimate, other_machines, shared_key, spent_minutes
 from nucseg.runs.running import Ticket, failure_file, probe, run_one, running_file, work_on
-from nucseg.store import OutOfTime, holder, home, published, write_text
+from nucseg.store import OutOfTime, holder, home, published
 
 STATES = ("done", "running", "failed", "missing")
 

@@ -27,12 +27,13 @@ from nucseg import __version__, gan
 from nucseg.config import ConfigError, to_plain
 from nucseg.data import DataError
 from nucseg.experiments import Experiment
+from nucseg.files import write_text
 from nucseg.pipeline import Pipeline
 from nucseg.results import read_runs
 from nucseg.results.file import add_results
 from nucseg.runs import gpu_memory
 from nucseg.runs.backends import BackendError
-from nucseg.store import OutOfTime, claimed, home, published, write_text
+from nucseg.store import OutOfTime, claimed, home, published
 
 
 def run_one(pipeline: Pipeline, experiment: Experiment, since: float = math.inf) -> str:

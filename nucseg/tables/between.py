@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 
 from nucseg import beyond
+from nucseg.files import write_text
 from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError, read_results, read_runs
 from nucseg.stats import paired_tests
-from nucseg.store import published, write_text
+from nucseg.store import published
 from nucseg.tables import formats
 from nucseg.tables.notes import OVER_SEEDS, data_of
 from nucseg.tables.table import Measured, measure, named, over_seeds, paired

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from nucseg.experiments import Experiment, GridSettings, experiments_of
+from nucseg.files import write_text
 from nucseg.paper import TABLES, Row, rows
 from nucseg.results import (
     COUNTED,
@@ -26,7 +27,6 @@ from nucseg.results import (
 )
 from nucseg.results.settings import teachers
 from nucseg.stats import SeedTest, effect_size, holm, paired_tests, seed_test
-from nucseg.store import write_text
 from nucseg.tables import formats
 from nucseg.tables import notes as table_notes
 

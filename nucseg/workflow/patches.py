@@ -17,11 +17,11 @@ from nucseg.annotations import SparseLabels
 from nucseg.config import to_plain
 from nucseg.data import DataError, Sample, load_dataset
 from nucseg.encoders import Encoder
+from nucseg.files import write_text
 from nucseg.patches import Patch
 from nucseg.profiles import Profile
 from nucseg.progress import task
 from nucseg.selection import Selection, select
-from nucseg.store import write_text
 from nucseg.workflow.base import SELECTION_FILE, WorkflowError, pick_device, read_json, unique_names
 
 OUTLINES = (".geojson", ".json", ".xml", ".png", ".tif", ".tiff", ".npy")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from nucseg import annotations, models
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import from_mapping, to_plain
 from nucseg.data import Sample, load_dataset
+from nucseg.files import whole, write_text
 from nucseg.inference import run_ahead, workers_for
 from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import Segmenter
@@ -27,7 +27,7 @@ from nucseg.profiles import Profile
 from nucseg.progress import task
 from nucseg.selection.content import shows_tissue
 from nucseg.stages import MODEL_CODE
-from nucseg.store import code_version, write_text
+from nucseg.store import code_version
 from nucseg.training import TrainingConfig, TrainingResult, train
 from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json, unique_names
 
@@ -170,9 +170,8 @@ def _stamp(sample: Sample) -> list:
 
 
 def _write_weights(model: Segmenter, path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part)
-    os.replace(part, path)
+    with whole(path) as part:
+        save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part)
 
 
 def unlabelled_views(samples: Sequence[Sample], pixels: int, seed: int = 0, side: int = 512) -> list[np.ndarray]:
