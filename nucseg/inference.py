@@ -272,10 +272,14 @@ def run_ahead(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
 
 def tiles_of(image: np.ndarray, tile: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """Cut an image into tiles of at most `tile` pixels a side that share `overlap` pixels: row, column, view."""
-    height, width = image.shape[:2]
-    for row in _inside(height, tile, overlap):
-        for col in _inside(width, tile, overlap):
-            yield row, col, image[row : row + tile, col : col + tile]
+    for row, col in places_of(image.shape[:2], tile, overlap):
+        yield row, col, image[row : row + tile, col : col + tile]
+
+
+def places_of(shape: tuple[int, int], tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Return row and column of each tile of an image of that shape, row by row."""
+    rows, cols = (_inside(length, tile, overlap) for length in shape)
+    return [(row, col) for row in rows for col in cols]
 
 
 _NEAR = 8  # pixels; a nucleus this close to a border between tiles is less sure than the neighbour's view of it
@@ -290,7 +294,9 @@ class _Piece(NamedTuple):
     window: tuple[int, int, int, int]  # of its tile: top, left, bottom, right
 
 
-def merge_tiles(tiles: Iterable[tuple[int, int, Instances]], shape: tuple[int, int]) -> Instances:
+def merge_tiles(
+    tiles: Iterable[tuple[int, int, Instances]], shape: tuple[int, int], canvas: np.ndarray | None = None
+) -> Instances:
     """Join the nuclei of overlapping tiles into one label map, each nucleus once.
 
     Whole nuclei come before those that a tile border cuts, and among these the more certain ones. A nucleus already
@@ -302,6 +308,8 @@ def merge_tiles(tiles: Iterable[tuple[int, int, Instances]], shape: tuple[int, i
         Row, column and prediction of each tile; consumed one by one.
     shape
         Of the whole image.
+    canvas
+        Zeros of that shape, int32, for the label map: a slide's may lie on the disk. None: it is made in memory.
     """
     pieces: list[_Piece] = []
     for row, col, (labels, scores) in tiles:
@@ -319,7 +327,7 @@ def merge_tiles(tiles: Iterable[tuple[int, int, Instances]], shape: tuple[int, i
             pieces.append(_Piece(cut, float(scores[i]), *place, labels[box] == i + 1, (row, col, bottom, right)))
     pieces.sort(key=lambda piece: (piece.cut, -piece.score))
 
-    merged = np.zeros(shape, dtype=np.int32)
+    merged = np.zeros(shape, dtype=np.int32) if canvas is None else canvas
     placed: list[_Piece] = []
     for piece in pieces:
         h, w = piece.mask.shape

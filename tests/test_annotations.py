@@ -235,6 +235,37 @@ def test_every_kumar_and_tnbc_label_map_comes_back_from_geojson_pixel_for_pixel(
         np.testing.assert_array_equal(read_geojson(tmp_path / "a.geojson", labels.shape), labels)
 
 
+def test_a_large_map_on_the_disk_is_written_in_parts_and_gives_the_same_files(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = ndimage.label(ndimage.gaussian_filter(rng.random((170, 230)), 2) > 0.52)[0].astype(np.int32)
+    labels[labels % 5 == 3] = 0  # ids with gaps
+    ids = [int(id) for id in np.unique(labels) if id]
+    scores = rng.random(len(ids)).round(3)
+    canvas = np.memmap(tmp_path / "canvas", np.int32, "w+", shape=labels.shape)
+    canvas[:] = labels
+
+    def features(path):
+        found = json.loads(path.read_text())["features"]
+        return sorted(found, key=lambda feature: feature["properties"]["measurements"]["Label id"])
+
+    write_geojson(tmp_path / "one.geojson", labels, scores=scores)
+    monkeypatch.setattr("nucseg.annotations.geojson.PART", 40)
+    write_geojson(tmp_path / "parts.geojson", canvas, scores=scores)
+    assert features(tmp_path / "parts.geojson") == features(tmp_path / "one.geojson")
+    assert len(features(tmp_path / "one.geojson")) == len(ids) > 20
+    with pytest.raises(ValueError, match="scores: 2 given"):
+        write_geojson(tmp_path / "wrong.geojson", canvas, scores=scores[:2])
+    assert not (tmp_path / "wrong.geojson").exists()
+
+    monkeypatch.setattr("nucseg.annotations.label_images.IN_MEMORY", 0)
+    monkeypatch.setattr("nucseg.annotations.label_images.TILE", 64)
+    write_labels(tmp_path / "labels.tif", canvas)
+    with tifffile.TiffFile(tmp_path / "labels.tif") as file:
+        assert file.pages[0].is_tiled
+    back = read_labels(tmp_path / "labels.tif")
+    assert np.array_equal(back, labels)
+
+
 def test_geojson_has_the_form_that_qupath_reads(tmp_path):
     labels = np.zeros((10, 12), np.int32)
     labels[1:6, 1:6] = 7

@@ -27,8 +27,9 @@ from nucseg.bundle.make import make_bundle
 from nucseg.bundle.parts import BundleError, pack_data, pack_weights
 from nucseg.data import load_dataset
 from nucseg.data.layouts import rows
-from nucseg.encoders import Encoder, Pyramid
-from nucseg.results import read_results
+from nucseg.encoders import Encoder, Pyramid, read_weights
+from nucseg.models import build
+from nucseg.results import ResultsError, read_results
 from nucseg.runs.plan import Plan
 
 ENCODER = "efficientnet_lite0"
@@ -220,6 +221,18 @@ def test_results_so_far_travel_along_so_that_they_are_not_run_again(data, profil
     assert not (made.folder / "so-far.zip").exists()
 
 
+def test_damaged_results_are_an_error_and_not_left_out(data, profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUCSEG_HOME", str(tmp_path))
+    monkeypatch.setattr("nucseg.bundle.make.pack_notebooks", lambda folder: None)
+    damaged = tmp_path / "tables" / "tiny" / "results.csv"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("profile,dataset\ntiny,tiny\n")
+    with pytest.raises(ResultsError, match=r"results\.csv"):
+        make_bundle(tmp_path / "b", profile, str(data), wheels=())
+    assert not (tmp_path / "b").exists()
+    assert make_bundle(tmp_path / "b", profile, str(data), wheels=(), fresh=True).sizes["results"] == 0
+
+
 # -- data ------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +318,22 @@ def test_weights_from_the_bundle_are_the_rounded_ones_and_exact_ones_are_exact(t
             assert torch.equal(value, expected), key
     monkeypatch.setenv("NUCSEG_WEIGHTS", str(tmp_path / "32"))
     assert all(torch.equal(value, original[key]) for key, value in Encoder(ENCODER).net.state_dict().items())
+
+
+def test_weights_of_a_segmenters_own_encoder_travel_too(data, profile, tmp_path):
+    file = tmp_path / "preact.pth"
+    original = build("hovernet", pretrained=False).state_dict()
+    torch.save({"desc": {f"module.{name}": value for name, value in original.items()}}, file)  # as published
+    text = re.sub("(?m)^weights: .*$", f"weights: {{preact-resnet50: {file}}}", profile.read_text())
+    (tmp_path / "with.yaml").write_text(text)
+    made = make_bundle(tmp_path / "b", tmp_path / "with.yaml", str(data), wheels=(), fresh=True)
+    weights = made.folder / "weights" / "preact-resnet50.safetensors"
+    model = build("hovernet", weights=weights)
+    assert model.initialised_from == "preact-resnet50.safetensors"
+    assert not any(name.startswith(("np_", "hv_", "conv_bot")) for name in read_weights(weights))
+    for name in ("conv0./.weight", "conv0.bn.running_var", "d3.units.0.conv1/bn.weight"):
+        value = original[name].half().float() if original[name].ndim > 1 else original[name]
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_pip_is_asked_for_the_other_machines_python_and_the_versions_that_are_installed(tmp_path, monkeypatch):

@@ -3,11 +3,13 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -15,11 +17,13 @@ from typer.testing import CliRunner
 from nucseg import annotations, workflow
 from nucseg.checkpoints import Checkpoint
 from nucseg.cli import app
-from nucseg.data import load_dataset
+from nucseg.data import Sample, load_dataset
+from nucseg.data.sources import FileSource
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
 from nucseg.workflow import WorkflowError
 from nucseg.workflow.base import pick_device
+from nucseg.workflow.prediction import shows_something
 
 PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
 NAMES = ("slide_a", "slide_b")
@@ -337,6 +341,83 @@ def test_from_patches_to_label_maps_of_whole_images(training_set, slides, tmp_pa
         assert labels.shape == (160, 192)
         outlined = annotations.read_geojson(tmp_path / "out" / "geojson" / f"{name}.geojson", labels.shape)
         assert np.array_equal(outlined > 0, labels > 0)
+
+
+# -- whole slides ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segmenter(training_set, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model")
+    workflow.train_folder(training_set[0], out, "hoverlite", PROFILE)
+    model = workflow.load_model(out)
+    model.inference = replace(model.inference, tile=64, overlap=32, block=128)
+    return model
+
+
+@pytest.fixture
+def slide(slides, tmp_path):
+    """An image three blocks wide whose last one is glass, as a tiled TIFF."""
+    image = np.asarray(Image.open(slides[0] / "slide_a.png"))
+    image = np.concatenate([image, np.full((160, 160, 3), 236, np.uint8)], axis=1)
+    (tmp_path / "slide").mkdir()
+    tifffile.imwrite(tmp_path / "slide" / "s.tif", image, tile=(64, 64), photometric="rgb")
+    return tmp_path / "slide", image
+
+
+def test_a_slide_in_blocks_has_the_nuclei_of_the_image_in_memory(segmenter, slide, tmp_path, monkeypatch):
+    [sample] = load_dataset(str(slide[0])).samples
+    whole = segmenter.predict_instances(slide[1])
+    assert whole.labels.max() > 3
+    monkeypatch.setattr(FileSource, "image", lambda self: pytest.fail("read whole"))
+    monkeypatch.setattr("nucseg.data.dataset.WHOLE_IMAGE_PIXELS", 0)
+    canvas = np.memmap(tmp_path / "canvas", np.int32, "w+", shape=sample.shape)
+    found = workflow.segment_slide(segmenter, sample, canvas)
+    assert found.labels is canvas
+    kept = whole.labels[:, :192]  # nothing was looked for on the glass
+    assert np.array_equal(canvas[:, :192] > 0, kept > 0)
+    assert np.array_equal(np.asarray(canvas), np.where(np.isin(whole.labels, np.unique(canvas)), whole.labels, 0))
+
+
+def test_blocks_of_glass_are_left_out_and_one_nucleus_is_enough_to_be_looked_at(segmenter, monkeypatch):
+    glass = np.random.default_rng(0).normal(236, 8, (128, 128, 3)).clip(0, 255).astype(np.uint8)
+    assert glass.min() < 210  # single pixels are as dark as tissue
+    assert not shows_something(glass)
+    glass[101:114, 101:114] = (120, 70, 150)
+    assert shows_something(glass)
+    asked = []
+    monkeypatch.setattr(
+        segmenter, "begin", lambda pixels: asked.append(pixels) or type(segmenter).begin(segmenter, pixels)
+    )
+    image = np.full((128, 320, 3), 240, np.uint8)
+    image[:, 192:] = glass
+    sample = Sample.from_arrays("s", image)
+    workflow.segment_slide(segmenter, sample, np.zeros(sample.shape, np.int32))
+    assert len(asked) == 1
+    assert np.array_equal(asked[0], glass)
+
+
+def test_a_folder_with_a_slide_is_segmented_and_nothing_else_is_left(training_set, slides, slide, tmp_path):
+    workflow.train_folder(training_set[0], tmp_path / "model", "hoverlite", PROFILE)
+    shutil.copy(slides[0] / "slide_b.png", slide[0])
+    # Without the glass, on which this model, hardly trained, sees nuclei when it is asked to look.
+    tifffile.imwrite(slide[0] / "s.tif", slide[1][:, :192], tile=(64, 64), photometric="rgb")
+    at_once = workflow.predict_folder(tmp_path / "model", slide[0], tmp_path / "a")
+    in_blocks = workflow.predict_folder(tmp_path / "model", slide[0], tmp_path / "b", large=160 * 192 - 1)
+    pd.testing.assert_frame_equal(at_once, in_blocks)
+    for name in ("s", "slide_b"):  # numbered in another order, since these blocks are the whole image
+        a, b = (annotations.read_labels(tmp_path / out / "labels" / f"{name}.tif") for out in "ab")
+        assert a.max() == b.max() == len(np.unique(a.astype(np.int64) * 10_000 + b)) - 1
+        outlined = annotations.read_geojson(tmp_path / "b" / "geojson" / f"{name}.geojson", b.shape)
+        assert np.array_equal(outlined, b)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["geojson", "images.csv", "labels"]
+
+
+def test_a_disk_without_room_is_an_error_before_the_first_image(training_set, slide, tmp_path, monkeypatch):
+    workflow.train_folder(training_set[0], tmp_path / "model", "hoverlite", PROFILE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(WorkflowError, match=r"s: .*has room for 0.0 GB.*write to another disk"):
+        workflow.predict_folder(tmp_path / "model", slide[0], tmp_path / "out", large=1000)
 
 
 def test_images_without_outlines_change_the_model_and_are_named_in_its_record(training_set, slides, tmp_path):

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy import ndimage
 
 from nucseg.annotations.errors import AnnotationError
 from nucseg.annotations.outlines import trace
 from nucseg.annotations.polygons import AnnotationReport, Problem, Region, rasterize, unique_names
 from nucseg.annotations.sparse import SparseLabels
-from nucseg.files import write_text
+from nucseg.files import whole
+from nucseg.labels import check_label_map
 from nucseg.patches import Patch
 
 NUCLEUS, PATCH = "Nucleus", "Patch"  # classification names
@@ -31,6 +33,7 @@ OTHER_COLOUR = (200, 0, 0)
 LABEL_ID = "Label id"  # the measurement that carries a nucleus' id through QuPath
 IMAGE_ID = "image_id"  # the metadata entry that carries a patch's image
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://arxiv.org/abs/2212.10305")
+PART = 4096  # pixels; of larger label maps, outlines are traced in parts of about this side
 HALF_PIXEL = 0.5  # QuPath's integers are pixel corners; a pixel is inside when its centre is
 
 
@@ -50,7 +53,8 @@ def write_geojson(
     path
         The ``.geojson`` file; written beside and moved into place.
     objects
-        A label map, (H, W), or a sequence of `nucseg.data.Patch` of one image.
+        A label map, (H, W), or a sequence of `nucseg.data.Patch` of one image. Of a large map, which may lie on the
+        disk (`numpy.memmap`), a part at a time is held in memory.
     scores
         Measurement ``Score``: of nuclei by id, or in ascending order of ids; of patches in their order (their cost).
     ranks
@@ -66,12 +70,16 @@ def write_geojson(
         When scores or ranks do not fit the objects in number.
     """
     if isinstance(objects, np.ndarray):
-        features = _nucleus_features(objects, scores, classification or NUCLEUS, object_type)
         if ranks is not None:
             raise ValueError("ranks: only patches have ranks")
+        features = _nucleus_features(objects, scores, classification or NUCLEUS, object_type)
     else:
         features = _patch_features(list(objects), scores, ranks, classification or PATCH, object_type)
-    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False))
+    with whole(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for number, feature in enumerate(features):  # one by one: a slide has a million
+            file.write((", " if number else "") + json.dumps(feature, allow_nan=False))
+        file.write("]}")
 
 
 def read_geojson(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
@@ -178,24 +186,54 @@ def read_geojson_patches(path: str | Path, image_id: str | None = None) -> list[
     return [patch for *_, patch in sorted(ranked, key=lambda item: item[:2])]
 
 
-def _nucleus_features(labels, scores, classification, object_type) -> list[dict]:
-    outlines = trace(labels)
+def _nucleus_features(labels, scores, classification, object_type) -> Iterator[dict]:
+    check_label_map(labels)
+    ids, parts = _parts_of(labels)
     if scores is not None and not isinstance(scores, Mapping):
-        if len(scores) != len(outlines):
-            raise ValueError(f"scores: {len(scores)} given for {len(outlines)} nuclei")
-        scores = dict(zip(outlines, scores, strict=True))
-    features = []
-    for id, polygons in outlines.items():
-        coordinates = [[_closed(ring) for ring in polygon] for polygon in polygons]
-        one = len(coordinates) == 1
-        geometry = {"type": "Polygon" if one else "MultiPolygon", "coordinates": coordinates[0] if one else coordinates}
-        measurements = {LABEL_ID: id}
-        if scores is not None:
-            if id not in scores:
-                raise ValueError(f"scores: none given for id {id}")
-            measurements["Score"] = float(scores[id])
-        features.append(_feature(geometry, classification, object_type, measurements))
-    return features
+        if len(scores) != len(ids):
+            raise ValueError(f"scores: {len(scores)} given for {len(ids)} nuclei")
+        scores = dict(zip(ids, scores, strict=True))
+    if scores is not None and (without := [id for id in ids if id not in scores]):
+        raise ValueError(f"scores: none given for id {without[0]}")
+    for part, row, col in parts:
+        for id, polygons in trace(part).items():
+            coordinates = [[_closed(ring + np.array([col, row])) for ring in polygon] for polygon in polygons]
+            one = len(coordinates) == 1
+            geometry = {
+                "type": "Polygon" if one else "MultiPolygon",
+                "coordinates": coordinates[0] if one else coordinates,
+            }
+            measurements = {LABEL_ID: id}
+            if scores is not None:
+                measurements["Score"] = float(scores[id])
+            yield _feature(geometry, classification, object_type, measurements)
+
+
+def _parts_of(labels: np.ndarray) -> tuple[list[int], Iterable[tuple[np.ndarray, int, int]]]:
+    """Return the ids of a label map, and parts of it that hold each nucleus whole and once: map, row, column.
+
+    A small one is one part. Of a large one, which may lie on the disk, only a part at a time is in memory.
+    """
+    top = int(labels.max(initial=0))
+    if labels.size <= PART**2 or top > labels.size:
+        return [int(id) for id in np.unique(labels) if id], [(labels, 0, 0)]
+    boxes = ndimage.find_objects(labels)
+    found: dict[tuple[int, int], list[int]] = {}
+    for number, box in enumerate(boxes, 1):
+        if box is not None:
+            found.setdefault((box[0].start // PART, box[1].start // PART), []).append(number)
+
+    def parts() -> Iterator[tuple[np.ndarray, int, int]]:
+        for _, ids in sorted(found.items()):
+            rows, cols = ([boxes[number - 1][axis] for number in ids] for axis in (0, 1))
+            row, col = (min(span.start for span in spans) for spans in (rows, cols))
+            bottom, right = (max(span.stop for span in spans) for spans in (rows, cols))
+            mine = np.zeros(top + 1, dtype=bool)
+            mine[ids] = True
+            part = labels[row:bottom, col:right]
+            yield np.where(mine[part], part, 0), row, col
+
+    return [number for number, box in enumerate(boxes, 1) if box is not None], parts()
 
 
 def _patch_features(patches, scores, ranks, classification, object_type) -> list[dict]:

@@ -7,6 +7,7 @@ Nothing is ever unpickled: `.npy` files of plain integers are read by numpy, Cel
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from nucseg.labels import check_label_map
 
 MARK = "nucseg label map: one number per nucleus"  # in the files that we write
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
+IN_MEMORY, TILE = 4096**2, 1024  # pixels of a label map that is written at once; side of the tiles of larger ones
 BINARY_VALUES = (1, 255, 65535)  # what programs write for "inside" in a binary mask
 
 
@@ -78,7 +80,7 @@ def write_labels(path: str | Path, labels: np.ndarray) -> None:
         ``.tif`` (16 or 32 bits as the ids need, deflate), ``.png`` (16 bits) or ``.npy``; written beside and moved
         into place.
     labels
-        (H, W) label map.
+        (H, W) label map. Of a large one, which may lie on the disk (`numpy.memmap`), a TIFF takes a tile at a time.
 
     Raises
     ------
@@ -92,19 +94,31 @@ def write_labels(path: str | Path, labels: np.ndarray) -> None:
         raise ValueError(f"{path}: label maps are written as {', '.join(LABEL_SUFFIXES)}")
     if suffix == ".png" and top > np.iinfo(np.uint16).max:
         raise ValueError(f"{path}: ids up to {top} do not fit a 16-bit PNG; write a .tif")
-    stored = labels.astype(np.uint16 if top <= np.iinfo(np.uint16).max else np.uint32)
+    kind = np.uint16 if top <= np.iinfo(np.uint16).max else np.uint32
     with whole(path) as part, open(part, "wb") as file:
         if suffix == ".npy":
             np.save(file, labels.astype(np.int32))
         elif suffix == ".png":
             from PIL import Image
 
-            Image.fromarray(stored).save(file, format="png", pnginfo=_png_mark())
+            Image.fromarray(labels.astype(kind)).save(file, format="png", pnginfo=_png_mark())
         else:
             import tifffile
 
             how = {"compression": "zlib", "photometric": "minisblack", "description": MARK, "metadata": None}
-            tifffile.imwrite(file, stored, **how)
+            if labels.size <= IN_MEMORY:
+                tifffile.imwrite(file, labels.astype(kind), **how)
+            else:
+                where = {"shape": labels.shape, "dtype": kind, "tile": (TILE, TILE), "bigtiff": True}
+                tifffile.imwrite(file, _tiles(labels, kind), **where, **how)
+
+
+def _tiles(labels: np.ndarray, kind: type) -> Iterator[np.ndarray]:
+    """Cut a label map into squares of `TILE` pixels, row by row, the last ones filled up with background."""
+    for row in range(0, labels.shape[0], TILE):
+        for col in range(0, labels.shape[1], TILE):
+            part = labels[row : row + TILE, col : col + TILE].astype(kind)
+            yield np.pad(part, [(0, TILE - side) for side in part.shape])
 
 
 def _split_if_binary(labels: np.ndarray, path: Path) -> np.ndarray:

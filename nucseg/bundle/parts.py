@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 import nucseg
+from nucseg import models
 from nucseg.annotations.label_images import write_labels
 from nucseg.data import NAMES, Dataset, Sample, load_dataset
 from nucseg.data.sources import FileSource
@@ -142,11 +143,17 @@ def pack_weights(encoder: str, folder: Path, source: str | Path | None = None, e
     import timm
     from safetensors.torch import save_file
 
-    from nucseg.encoders import EMBEDDED, Encoder, Pyramid, read_weights
+    from nucseg.encoders import EMBEDDED, Encoder, Pyramid
 
     known = timm.is_model(EMBEDDED[encoder][0] if encoder in EMBEDDED else encoder)
-    # A segmenter's own encoder, such as HoVer-Net's, is none of timm's: its file is taken as it is.
-    state = Encoder(encoder, source).net.state_dict() if known or source is None else read_weights(source)
+    own = next((name for name, entry in models.REGISTRY.items() if entry.own_encoder == encoder), None)
+    if own and not known:  # of HoVer-Net, say, and none of timm's
+        model = models.build(own, weights=source)
+        if not hasattr(model, "encoder_state"):
+            raise BundleError(f"weights: {own} starts from random weights; leave {encoder!r} out of the profile")
+        state = model.encoder_state()
+    else:
+        state = Encoder(encoder, source).net.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{encoder}.safetensors"
     rounded = {k: v.half() if v.is_floating_point() and v.ndim > 1 and not exact else v for k, v in state.items()}

@@ -141,9 +141,12 @@ class HoverNet(HoverSegmenter):
         skips = (crop(x0, cuts[0]), crop(x1, cuts[1]), x2)
         return self.np_branch(x3, skips), self.hv_branch(x3, skips)
 
+    def encoder_state(self) -> dict[str, Tensor]:
+        """Return the part of the state that pretrained weights hold, by its published names."""
+        return {k: v for k, v in self.state_dict().items() if k.split(".")[0] in ("conv0", "d0", "d1", "d2", "d3")}
+
     def _load_encoder(self, path: Path) -> None:
-        state = _published_names(path)
-        own = {k: v for k, v in self.state_dict().items() if k.split(".")[0] in ("conv0", "d0", "d1", "d2", "d3")}
+        state, own = _published_names(path), self.encoder_state()
         wrong = [k for k, v in own.items() if not k.endswith("num_batches_tracked")
                  and (k not in state or state[k].shape != v.shape)]  # fmt: skip
         if wrong:

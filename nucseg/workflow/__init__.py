@@ -7,8 +7,9 @@ Each step reads and writes one folder, so each can be looked at, corrected and r
 
 from nucseg.workflow.base import WorkflowError, default_profile
 from nucseg.workflow.patches import import_annotations, select_patches
+from nucseg.workflow.prediction import predict_folder, segment_slide
 from nucseg.workflow.scores import evaluate_folders
-from nucseg.workflow.segmenter import load_model, predict_folder, train_folder, unlabelled_views
+from nucseg.workflow.segmenter import load_model, train_folder, unlabelled_views
 
 __all__ = [
     "WorkflowError",
@@ -17,6 +18,7 @@ __all__ = [
     "import_annotations",
     "load_model",
     "predict_folder",
+    "segment_slide",
     "select_patches",
     "train_folder",
     "unlabelled_views",

@@ -1,4 +1,4 @@
-"""From outlined patches to a segmenter, and from a segmenter to label maps."""
+"""From outlined patches to a segmenter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nucseg import annotations, models
+from nucseg import models
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import from_mapping, to_plain
 from nucseg.data import Sample, load_dataset
 from nucseg.files import whole, write_text
-from nucseg.inference import run_ahead, workers_for
 from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import Segmenter
 from nucseg.profiles import Profile
@@ -29,7 +27,7 @@ from nucseg.selection.content import shows_tissue
 from nucseg.stages import MODEL_CODE
 from nucseg.store import code_version
 from nucseg.training import TrainingConfig, TrainingResult, train
-from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json, unique_names
+from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json
 
 UNLABELLED_PIXELS = 64_000_000  # of all images without outlines: half a gigabyte with their place for labels
 TISSUE = 0.5  # least share of tissue in a window of a large image, as far as one is found
@@ -220,37 +218,3 @@ def load_model(folder: str | Path, device: str = "") -> Segmenter:
     except (SafetensorError, RuntimeError) as error:
         raise WorkflowError(f"{path}: damaged, or not of {MODEL_FILE} beside it ({error}); train it again") from error
     return model.to(pick_device(device)).eval()
-
-
-def predict_folder(model: str | Path, images: str | Path, out: str | Path, device: str = "") -> pd.DataFrame:
-    """Segment every image of a folder: a 16- or 32-bit label map and a QuPath GeoJSON each, in `out`.
-
-    ``images.csv`` there has one line per image: how many nuclei, and their mean score.
-    """
-    segmenter = load_model(model, device)
-    samples = list(load_dataset(str(images)).samples)
-    out = Path(out)
-    for sample in samples:  # before hours of work end at the last one
-        if min(sample.shape) < 32:
-            raise WorkflowError(f"{sample.id}: at least 32 pixels a side, got {sample.shape[0]} x {sample.shape[1]}")
-    rows, names = [], unique_names([sample.id for sample in samples])
-    with task("segmenting", len(samples)) as progress:
-        # On a GPU the network goes on with the next image while processes separate this one's nuclei.
-        found = run_ahead((segmenter.begin(sample.image) for sample in samples), workers_for(segmenter, len(samples)))
-        for i, (sample, (labels, scores)) in enumerate(zip(samples, found, strict=True)):
-            stem = names[sample.id]
-            for name in ("labels", "geojson"):
-                (out / name / stem).parent.mkdir(parents=True, exist_ok=True)
-            annotations.write_labels(out / "labels" / f"{stem}.tif", labels)
-            annotations.write_geojson(out / "geojson" / f"{stem}.geojson", labels, scores=scores)
-            rows.append(
-                {
-                    "image_id": sample.id,
-                    "nuclei": len(scores),
-                    "mean_score": float(scores.mean()) if len(scores) else 0.0,
-                }
-            )
-            progress.update(i + 1, stem)
-    table = pd.DataFrame(rows)
-    table.to_csv(out / "images.csv", index=False)
-    return table
