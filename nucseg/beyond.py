@@ -203,7 +203,7 @@ def _frame(lines: pd.DataFrame, table: str, settings: GridSettings) -> pd.DataFr
             row |= dict(zip(("seeds CI low", "seeds CI high", "seeds p"), over_seeds[1:], strict=True))
         rows.append(row)
     frame = pd.DataFrame(rows, columns=None if rows else ["row", "id", "status", "runs"])
-    for column in ("t p", "Wilcoxon p"):
+    for column in ("t p", "Wilcoxon p", "seeds p"):
         if column in frame:
             frame[f"{column} Holm"] = holm(frame[column])
     return frame

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t
 from skimage.color import rgb2hed
 from skimage.measure import regionprops_table
 
@@ -45,7 +45,9 @@ MEASURES = {
 NOTES = (
     "ρ: Spearman's rank correlation with the AJI of the segmenter that learnt from the choice, naive augmentation and "
     "no pseudo labels; over all choices, and within strategies: ranks of what remains when each strategy's mean is "
-    "taken away from both. P of the latter, in brackets after Holm's correction over the rows of this table.",
+    "taken away from both. A choice of the same patches with several seeds counts once, with the mean of their AJI: "
+    "{distinct} of {all}. P of the latter (t, with one degree of freedom less for each strategy), in brackets after "
+    "Holm's correction over the rows of this table.",
     "A choice is one strategy with one seed, which also seeds the training: part of the AJI's spread is not the "
     "patches'. Labels are looked at here to describe choices; no strategy saw them.",
 )
@@ -111,22 +113,30 @@ def measure(run: Pipeline) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def distinct(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the result of `measure` with a line for each strategy and set of patches: seeds averaged, no run_id."""
+    same = ["strategy", *MEASURES]  # equal patches are equal in all of them, and others in none
+    return frame.groupby(same, sort=False, dropna=False)["AJI"].mean().reset_index()
+
+
 def correlations(frame: pd.DataFrame) -> pd.DataFrame:
     """Return, for each of the `MEASURES`, its rank correlation with AJI over all choices and within strategies.
 
     Columns: measure, rho, rho within, P within, P within Holm; strongest within first. A measure that does not vary has
-    NaN.
+    NaN. Seeds that chose the same patches are one choice (`distinct`).
     """
-    rows = []
+    frame, rows = distinct(frame), []
     groups = frame.groupby("strategy")
+    freedom = len(frame) - len(groups) - 1  # a mean was taken away from each strategy
     for name in MEASURES:
         inside = [(frame[column] - groups[column].transform("mean")).round(9) for column in (name, "AJI")]
         if min(frame[name].nunique(), inside[0].nunique()) < 2:
             rows.append({"measure": name, "rho": np.nan, "rho within": np.nan, "P within": np.nan})
             continue
-        within = spearmanr(*inside)
+        within = spearmanr(*inside).statistic
         rho = spearmanr(frame[name], frame["AJI"]).statistic
-        rows.append({"measure": name, "rho": rho, "rho within": within.statistic, "P within": within.pvalue})
+        p = 2 * t.sf(abs(within) * np.sqrt(freedom / max(1 - within**2, 1e-12)), freedom)
+        rows.append({"measure": name, "rho": rho, "rho within": within, "P within": p})
     table = pd.DataFrame(rows)
     table["P within Holm"] = holm(table["P within"])
     order = table["rho within"].abs().sort_values(ascending=False, kind="stable", na_position="last").index
@@ -144,7 +154,8 @@ def as_markdown(frame: pd.DataFrame, caption: str) -> str:
         numbers = [_signed(line["rho"]), _signed(line["rho within"])]
         p = "" if np.isnan(line["P within"]) else f"{line['P within']:.2g} ({line['P within Holm']:.2g})"
         body.append([Cell(text) for text in (MEASURES[name], *numbers, p, *(f"{v:.3g}" for v in means[name]))])
-    return markdown(caption, header, body, NOTES)
+    counts = {"distinct": len(distinct(frame)), "all": len(frame)}
+    return markdown(caption, header, body, [note.format(**counts) for note in NOTES])
 
 
 def _signed(value: float) -> str:

@@ -39,6 +39,23 @@ def test_what_goes_with_aji_inside_strategies_is_told_from_what_goes_with_the_st
     assert (table["P within Holm"].dropna() >= table["P within"].dropna()).all()
 
 
+def test_seeds_that_chose_the_same_patches_are_one_choice():
+    frame = made_up()
+    copies = frame.assign(seed=frame["seed"] + 100, AJI=frame["AJI"] + 0.01)
+    twice = pd.concat([frame.assign(AJI=frame["AJI"] - 0.01), copies], ignore_index=True)
+    pd.testing.assert_frame_equal(choices.correlations(twice), choices.correlations(frame))
+    assert "24 of 48" in choices.as_markdown(twice, "A caption")
+
+
+def test_chance_is_told_from_nothing_as_often_as_the_level_says():
+    rng = np.random.default_rng(1)
+    p = []
+    for _ in range(60):
+        frame = pd.DataFrame({"strategy": np.repeat(list("abcde"), 4), "AJI": rng.normal(size=20)})
+        p += list(choices.correlations(frame.assign(**{n: rng.normal(size=20) for n in choices.MEASURES}))["P within"])
+    assert 0.03 < np.mean(np.array(p) < 0.05) < 0.08  # 0.13 with a degree of freedom for each choice
+
+
 def test_the_table_names_every_property_and_sorts_strategies_by_aji():
     text = choices.as_markdown(made_up(), "A caption")
     assert text.index("mean of cps") < text.index("mean of k-center")

@@ -16,7 +16,7 @@ from nucseg.experiments import GridSettings, experiments_of, grid
 from nucseg.paper import TABLES, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
 from nucseg.stats import holm, paired_tests, seed_test
-from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, write_table
+from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, measure, over_seeds, write_table
 from nucseg.tables import formats as table_formats
 from nucseg.tables.notes import needed_t
 from nucseg.tables.side_by_side import table_4_of_all
@@ -364,8 +364,22 @@ def test_seeds_are_compared_as_pairs_only_where_they_annotate_the_same_patches()
     ):
         assert tuple(found[["seeds CI low", "seeds CI high", "seeds p"]]) == pytest.approx(expected[1:])
     header, body = table_formats.cells(make_table("I", pd.concat(everything), "kumar", SETTINGS).frame)
-    [text] = [cell.text for cell in (r[header.index("over seeds: 95 % CI, p")] for r in body) if cell.text]
-    assert re.fullmatch(r"\[−0\.\d{4}, \+0\.\d{4}\] 0\.\d+", text)
+    [text] = [cell.text for cell in (r[header.index("over seeds: 95 % CI, p (Holm)")] for r in body) if cell.text]
+    assert re.fullmatch(r"\[−0\.\d{4}, \+0\.\d{4}\] 0\.\d+ \(0\.\d+\)", text)
+
+
+def test_seeds_that_annotate_other_patches_by_one_strategy_are_no_pairs():
+    """Two profiles may draw from different pools: then one strategy and one seed are two choices."""
+
+    def measured(means, nuclei):
+        seeds = zip(experiments_of(row("II.naive"), "kumar", SETTINGS), means, strict=True)
+        lines = pd.concat([lines_of(e, [mean, mean + 0.2], label_nuclei=nuclei) for e, mean in seeds])
+        return measure((row("II.naive"),), lines, "kumar", SETTINGS)[0]
+
+    one = measured((0.2, 0.5), 40)
+    for nuclei, same in ((40, True), (90, False)):
+        expected = seed_test([0.3, 0.6], [0.32, 0.61], same=same)
+        assert over_seeds(one, measured((0.22, 0.51), nuclei)) == pytest.approx(expected)
 
 
 def test_notes_say_what_was_run_on_what(results, tissue):

@@ -17,7 +17,7 @@ from nucseg.files import write_text
 from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError, read_results, read_runs
-from nucseg.stats import paired_tests
+from nucseg.stats import holm, paired_tests
 from nucseg.store import published
 from nucseg.tables import formats
 from nucseg.tables.notes import OVER_SEEDS, data_of
@@ -26,7 +26,7 @@ from nucseg.tables.table import Measured, measure, named, over_seeds, paired
 READING = (
     "AJI: the mean over all test images for each seed, then mean ± standard deviation over the seeds that both have "
     "(all where they share none). Reference: the second. Differences are paired by test image, seeds averaged first; "
-    "95 % bootstrap interval over images, p of the paired t-test and of Wilcoxon's, uncorrected."
+    "95 % bootstrap interval over images; p of the paired t-test and of Wilcoxon's, uncorrected."
 )
 
 
@@ -46,7 +46,8 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     -------
     DataFrame
         One line per distinct arm of the first: row, id, against, both AJI with their spread over seeds, the difference
-        with its interval and tests over images, its interval and P over seeds, images, seeds.
+        with its interval and tests over images, its interval and P over seeds (uncorrected and by Holm's method),
+        images, seeds.
 
     Raises
     ------
@@ -68,7 +69,8 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
         lines.append(_line(one, other))
     if not lines:
         raise ResultsError(f"{dataset}: {first} and {second} have results for no common row")
-    return pd.DataFrame(lines)
+    frame = pd.DataFrame(lines)
+    return frame.assign(**{"seeds p Holm": holm(frame["seeds p"])})
 
 
 def measured_of(profile: str, dataset: str) -> dict[str, Measured]:

@@ -80,7 +80,7 @@ def _heading(name: str) -> str:
         "row": "",
         "mean difference": "AJI − reference [95 % CI]",
         "t p": "paired t p (Holm)",
-        "seeds p": "over seeds: 95 % CI, p",
+        "seeds p": "over seeds: 95 % CI, p (Holm)",
         "effect size": "effect size d",
     }.get(name, name)
 
@@ -94,7 +94,8 @@ def _cell(name: str, line: pd.Series) -> Cell:
     if name == "mean difference":
         return Cell(f"{_signed(value)} [{_signed(line.get('CI low'))}, {_signed(line.get('CI high'))}]")
     if name == "seeds p":
-        return Cell(f"[{_signed(line.get('seeds CI low'))}, {_signed(line.get('seeds CI high'))}] {value:.2g}")
+        interval = f"[{_signed(line.get('seeds CI low'))}, {_signed(line.get('seeds CI high'))}]"
+        return Cell(f"{interval} {value:.2g} ({line['seeds p Holm']:.2g})")
     if name in ("paired t", "Wilcoxon"):
         return Cell(f"{value:.2g}")
     if name.endswith(("t p", "Wilcoxon p")):

@@ -21,9 +21,9 @@ TITLES = {
 }
 TEST_IMAGES = {"kumar": 14, "tnbc": 13, "monuseg": 14}  # of the paper
 OVER_SEEDS = (
-    "Over seeds: 95 % interval and uncorrected p of the same difference, by t-test over the means of seeds (paired "
-    "where both rows annotate the same patches, Welch's elsewhere): what other choices of patches and other weights "
-    "would give on these images."
+    "Over seeds: 95 % interval and p of the same difference (in brackets after Holm's correction over the table), by "
+    "t-test over the means of seeds (paired where both rows annotate the same patches, Welch's elsewhere): what other "
+    "choices of patches and other weights would give on these images."
 )
 REFERENCES = {
     "I": "the CPS row of the same block",

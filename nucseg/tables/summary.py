@@ -2,9 +2,8 @@
 
     python -m nucseg.tables.summary README.md docs/runs.md     # or: make readme
 
-Of a profile that runs some of Tables I to VI it is their arms, of others those of Tables S and B. The README has those
-at the paper's patch size on real images, one line for each row of the paper: with its segmenter where that was run,
-else with ours.
+All arms are those of Tables I to VI, then what only Tables S and B have. The README has those at the paper's patch size
+on real images, one line for each row of the paper: with its segmenter where that was run, else with ours.
 
 A number of the paper stands beside ours only where it was printed for the same data, and a difference only where it was
 measured with the same segmenter.
@@ -60,31 +59,31 @@ def summary() -> pd.DataFrame:
                     if one.found:
                         arms.setdefault(one.planned, []).append(one)
             made = [_line(name, dataset, same, took, settings) for same in arms.values()]
-            if not any(settings.rows.values()):
-                known = {line["arm"] for line in made}
-                made += [line for line in _beyond(name, dataset, of_dataset, runs, took) if line["arm"] not in known]
-            lines += made
+            shown = [set(one.lines["run_id"]) for one, *_ in arms.values()]
+            lines += made + _beyond(name, dataset, of_dataset, runs, took, shown)
     return pd.DataFrame(lines)
 
 
 def _beyond(
-    profile: str, dataset: str, results: pd.DataFrame, runs: pd.DataFrame, took: pd.DataFrame
+    profile: str, dataset: str, results: pd.DataFrame, runs: pd.DataFrame, took: pd.DataFrame, shown: list[set[str]]
 ) -> list[dict[str, object]]:
-    """Return the lines of Table S, and of full supervision as Table B has it."""
+    """Return the lines of Tables S and B: every strategy and budget, but those whose runs are all in a line `shown`."""
     settings, taught = load_profile(profile).grid, teachers(runs)
-    frames = [beyond.strategy_frame(results, dataset, settings), beyond.budget_frame(results, dataset, settings)]
-    arms = pd.concat([frames[0][frames[0]["id"] != "S.all"], frames[1][frames[1]["id"] == "B.all"]])
     lines = []
-    for _, arm in arms.iterrows():
-        key, full = arm["id"].split(".")[1], arm["id"] == "B.all"
+    for _, arm in beyond.budget_frame(results, dataset, settings).iterrows():
+        full = arm["id"] == "B.all"
         of_arm = [run for run in results["run_id"].unique() if run[:8] in arm["runs"].split()]
+        if any(set(of_arm) <= runs_of_line for runs_of_line in shown):
+            continue
+        key, _, k1 = arm["id"].removeprefix("B.").rpartition("-") if not full else ("all", "", "")
+        budget = f" (K1 = {k1})" if not full and int(k1) != settings.k1[dataset] else ""
         rounds = settings.full_rounds if full else settings.strategy_rounds
         segmenter = results.loc[results["run_id"].isin(of_arm), "segmenter"].iloc[0]
         lines.append(
             {
                 "profile": profile,
                 "dataset": dataset,
-                "arm": f"{arm_in_words(key, 'naive', rounds, taught.get(of_arm[0], ''))}, {segmenter}",
+                "arm": f"{arm_in_words(key, 'naive', rounds, taught.get(of_arm[0], ''))}{budget}, {segmenter}",
                 "labelled pixels": arm["ours label share"],
                 "seeds": arm["seeds"],
                 "AJI": arm["ours AJI"],

@@ -36,7 +36,7 @@ DATASET_NAMES = {"kumar": "Kumar", "tnbc": "TNBC", "monuseg": "MoNuSeg"}
 METRIC_NAMES = {"aji": "AJI", "dice": "Dice", "aji_seen": "AJI-s", "aji_unseen": "AJI-u"}
 COMPARISON = (
     *("mean difference", "CI low", "CI high", "t p", "t p Holm", "Wilcoxon p", "Wilcoxon p Holm", "effect size"),
-    *("seeds CI low", "seeds CI high", "seeds p"),
+    *("seeds CI low", "seeds CI high", "seeds p", "seeds p Holm"),
 )
 
 
@@ -362,7 +362,7 @@ def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, data
     # Rows that are the same runs, for example with one segmenter in place of two, make one comparison between them.
     first: dict[tuple, int] = {}
     same = [first.setdefault((one.planned, one.row.reference), i) for i, one in enumerate(measured)]
-    for name in ("t p", "Wilcoxon p"):
+    for name in ("t p", "Wilcoxon p", "seeds p"):
         tests[f"{name} Holm"] = pd.Series(holm(tests[name].where(tests.index == same)))[same].to_numpy()
     frame = frame.assign(**{"compared with": compared})
     for name in COMPARISON:
@@ -374,10 +374,15 @@ def _with_tests(frame: pd.DataFrame, measured: list[Measured], source: str, data
 
 
 def over_seeds(one: Measured, other: Measured) -> SeedTest:
-    """Compare two rows by the means of their seeds, as pairs where equal seeds annotate the same patches."""
+    """Compare two rows by the means of their seeds, as pairs where equal seeds annotate the same patches.
+
+    They do where strategy and budget are the same and, since two profiles may draw from different pools, so are each
+    seed's share of the pixels and number of nuclei.
+    """
     a, b = (each.lines.groupby("seed")["aji"].mean() for each in (one, other))
-    places = {(e.selection, e.k1, e.k2) for e in (*one.found, *other.found)}
-    return seed_test(a, b, same=len(places) == 1 and a.index.equals(b.index))
+    strategies = {(e.selection, e.k1, e.k2) for e in (*one.found, *other.found)}
+    shares, others = (each.lines.groupby("seed")[["label_share", COUNTED]].first() for each in (one, other))
+    return seed_test(a, b, same=len(strategies) == 1 and shares.equals(others))
 
 
 def why_not_compared(one: Measured, other: Measured) -> str:
