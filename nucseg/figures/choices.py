@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from nucseg.figures.style import colour_of
+
 PANELS = 4  # properties that are drawn: those with the strongest correlations
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 
 
 def figure_choices(
@@ -34,11 +35,11 @@ def figure_choices(
     top, *rows = figure.subfigures(1 + len(shown), 1, height_ratios=(3.1, *[1.5] * len(shown)))
     drawn = correlations.dropna()["measure"].head(PANELS)
     axes = top.subplots(1, max(len(drawn), 1), sharey=True, squeeze=False)[0]
-    colours = dict(zip(sorted(frame["strategy"].unique()), COLOURS, strict=False))  # the same for every dataset
     for axis, name in zip(axes, drawn, strict=False):
-        for strategy, colour in colours.items():
-            mine = frame[frame["strategy"] == strategy]
-            axis.plot(mine[name], mine["AJI"], "o", ms=4, alpha=0.75, color=colour, mec="none", label=strategy)
+        for strategy, mine in frame.groupby("strategy"):
+            axis.plot(
+                mine[name], mine["AJI"], "o", ms=4, alpha=0.75, color=colour_of(strategy), mec="none", label=strategy
+            )
         rho = correlations.set_index("measure").loc[name]
         signed = [f"{rho[column]:+.2f}".replace("-", "−") for column in ("rho", "rho within")]
         axis.set_title(f"ρ {signed[0]}, within strategies {signed[1]}", fontsize=8)

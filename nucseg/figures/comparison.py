@@ -21,11 +21,12 @@ from matplotlib.transforms import blended_transform_factory
 from PIL import Image
 
 from nucseg.beyond import REFERENCE, BudgetCurve
+from nucseg.figures.style import colour_of
 from nucseg.stats import RankTest
 from nucseg.tables import NOT_IN_PROFILE
 
 INK, GREY, FAINT = "0.2", "0.55", "0.85"
-BLUE, GREEN, VERMILION = "#0072B2", "#009E73", "#D55E00"
+BLUE, VERMILION = "#0072B2", "#D55E00"
 DASHED = (0, (4, 3))
 COLUMNS = 5  # panels side by side
 _AXES = {
@@ -41,12 +42,6 @@ _TITLES = {
     "VI": "VI · K1 and K2",
     "S": "S · Selection strategies, nothing painted (not in the paper)",
 }
-
-
-def colour_of(strategy: str) -> str:
-    """Return a strategy's colour, the same in every figure: blue for CPS, grey for random, green for the others."""
-    families = {"cps": BLUE, "random": INK}
-    return next((colour for name, colour in families.items() if strategy.startswith(name)), GREEN)
 
 
 def png(figure: Figure, colours: int = 64, dpi: int = 100) -> bytes:
@@ -123,7 +118,9 @@ def _budget_panel(axis: Axes, curve: BudgetCurve, name: str) -> None:
             axis.fill_between(points["x"], points["low"], points["high"], color=shade, alpha=0.2, linewidth=0)
         else:
             axis.vlines(points["x"], points["low"], points["high"], color=shade, alpha=0.5, linewidth=2, zorder=order)
-        axis.plot(points["x"], points["mean"], color=shade, linewidth=1.6, marker="o", markersize=3, zorder=order)
+        # Points of one seed each make no curve: nobody knows how far they would lie apart with another one.
+        line = {"linewidth": 1.6} if (points["seeds"] > 1).all() else {"linewidth": 1.0, "linestyle": (0, (1, 2))}
+        axis.plot(points["x"], points["mean"], color=shade, marker="o", markersize=3, zorder=order, **line)
     seeds = curve.points.loc[curve.points["selection"] == name, "seeds"]
     count = "" if seeds.empty else f"{seeds.min()}" if seeds.nunique() == 1 else f"{seeds.min()}-{seeds.max()}"
     axis.set_title(name, fontsize=9, color=colour, fontweight="bold", loc="left")
@@ -141,6 +138,8 @@ def _budget_legend(curve: BudgetCurve, panels: Sequence[str]) -> list[Line2D | P
     made += [Line2D([], [], color=FAINT, linewidth=1.0, label="the others")] * (len(panels) > 1)
     dot = {"linestyle": "", "marker": "o", "markersize": 3, "color": FAINT}
     made += [Line2D([], [], **dot, label="strategies on one budget only")] * bool(points)
+    if (curve.points["seeds"] == 1).any():
+        made += [Line2D([], [], color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), label="one seed each")]
     if (curve.points["seeds"] > 1).any():
         made += [Patch(color=GREY, alpha=0.3, linewidth=0, label="worst to best seed")]
     if np.isfinite(curve.full[0]):

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
+from nucseg.figures.style import colour_of
+
 DPI = 100
 MOST_POINTS = 3000  # in a scatter plot: more only make the file large
 MOST_THUMBNAILS = 12  # in a row
@@ -170,7 +172,7 @@ def figure_coverage(tables: pd.DataFrame | Mapping[str, pd.DataFrame], note: str
         for axes, (column, meaning) in zip(panels, _MEASURES.items(), strict=True):
             for y, strategy in enumerate(order):
                 values = table.loc[table["strategy"] == strategy, column].to_numpy()
-                colour = _strategy_colour(strategy)
+                colour = colour_of(strategy)
                 axes.plot(values, np.full(len(values), y), "o", ms=4, alpha=0.5, color=colour, mec="none")
                 axes.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=colour, lw=2.5)
             axes.set_yticks(range(len(order)), order, fontsize=8)
@@ -181,8 +183,7 @@ def figure_coverage(tables: pd.DataFrame | Mapping[str, pd.DataFrame], note: str
             axes.grid(axis="x", lw=0.4)
             axes.spines[["top", "right"]].set_visible(False)
         panels[1].set_yticklabels([])
-    colours = "magenta: CPS and its variants, grey: random, blue: others"
-    _foot(figure, f"one point a seed, bar: mean of {_seeds(tables)} seeds; {colours}. {note}")
+    _foot(figure, f"one point a seed, bar: mean of {_seeds(tables)} seeds; CPS and its variants share a colour. {note}")
     return figure
 
 
@@ -275,12 +276,6 @@ def _colours(count: int) -> np.ndarray:
 def _grey(number: int) -> tuple[float, float, float, float]:
     level = 0.45 + 0.12 * (number % 4)
     return (level, level, level, 1.0)
-
-
-def _strategy_colour(strategy: str) -> str:
-    if strategy.startswith("random"):
-        return "#777777"
-    return "#aa3377" if strategy.startswith("cps") else "#4477aa"
 
 
 def _first_min(values: np.ndarray, where: np.ndarray) -> int:

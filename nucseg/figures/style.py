@@ -14,6 +14,21 @@ from skimage.segmentation import mark_boundaries
 import nucseg
 from nucseg.files import whole
 
+# Okabe and Ito's colours, which colour-blind readers tell apart, by how a strategy's name begins.
+STRATEGY_COLOURS = {
+    "cps": "#0072B2",
+    "kmeans": "#009E73",
+    "k-center": "#E69F00",
+    "probcover": "#CC79A7",
+    "typiclust": "#56B4E9",
+    "random": "#444444",
+}
+
+
+def colour_of(strategy: str) -> str:
+    """Return a strategy's colour, the same in every figure; brown for one that is not known here."""
+    return next((colour for name, colour in STRATEGY_COLOURS.items() if strategy.startswith(name)), "#8c564b")
+
 
 def sign(figure: Figure, text: str) -> Figure:
     """Print one small line under a figure: profile, dataset, run ids, and that a tissue is synthetic."""
