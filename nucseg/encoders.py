@@ -6,8 +6,8 @@ the environment variable NUCSEG_WEIGHTS comes first: an encoder whose ``<name>.s
 which is how `nucseg.bundle` brings weights to a machine that has neither. Nothing here ever falls back to random
 weights.
 
-Deviation: ImageNet mean and standard deviation are applied (the released code feeds plain [0, 1]); ``normalise``
-turns it off. REFERENCE A6.
+Deviation: the mean and standard deviation that an encoder was trained with are applied (ImageNet's for ResNet50, 0.5
+and 0.5 for the EfficientNet-Lites; the released code feeds plain [0, 1]); ``normalise`` turns it off. REFERENCE A6.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 Resolutions of REFERENCE A34: training images only (the caller hands over nothing else), each predicted whole and once;
 600 crops a round, equally many per image; nuclei below a confidence of 0.5 or of unlikely size dropped; the annotated
-patches keep their true labels. Every round trains again from the start (A35), which is the caller's affair.
+patches keep their true labels. The size is ours, the rest A34's. Every round trains again from the start (A35), on its
+own crops in place of those of the round before, which the same images gave to an older model; "added per round"
+(REFERENCE 1.5) can also be read as adding them up. Both are the caller's affair.
 
 Deviations from the released code, which adds overlapping masks up (their ids are summed), keeps every size and forgets
 the annotations: here a crop's labels are a label map, and a nucleus that a patch's border cuts is completed from the

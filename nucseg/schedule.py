@@ -25,6 +25,8 @@ class TrainingConfig:
         ``"constant"`` (the paper's, after the warm-up), ``"one-cycle"`` or ``"cosine-warmup"``.
     warmup
         Share of the iterations in which the rate rises.
+    drops
+        Shares of the iterations after each of which a constant rate falls to a tenth.
     clip
         Largest norm of the gradient, 0 = no limit.
     precision
@@ -52,6 +54,7 @@ class TrainingConfig:
     momentum: float = 0.9
     schedule: Literal["constant", "one-cycle", "cosine-warmup"] = "one-cycle"
     warmup: float = 0.1
+    drops: tuple[float, ...] = ()
     clip: float = 5.0
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: float = 0.0
@@ -75,6 +78,10 @@ class TrainingConfig:
         for name in ("momentum", "ema", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.drops and (self.schedule != "constant" or not all(0 < share < 1 for share in self.drops)):
+            raise ValueError(
+                f"drops are shares in (0, 1) of a constant schedule, got {self.drops} and {self.schedule!r}"
+            )
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
@@ -82,7 +89,7 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
 
     ``one-cycle`` rises from lr/25 to lr and falls to lr/25e4 along cosines, as `torch.optim.lr_scheduler.OneCycleLR`
     without its cycling momentum; ``cosine-warmup`` rises linearly and falls to 0; ``constant`` rises linearly and
-    stays.
+    stays, but for its `drops`.
     """
     done = (iteration - 1) / max(config.iterations - 1, 1)
     rising = done < config.warmup
@@ -92,4 +99,6 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
         return low + (high - low) * (1 - math.cos(math.pi * (share if rising else 1 - share))) / 2
     if rising:
         return config.lr * max(share, 1 / config.iterations)
-    return config.lr if config.schedule == "constant" else config.lr * (1 + math.cos(math.pi * share)) / 2
+    if config.schedule == "constant":
+        return config.lr * 0.1 ** sum(done >= drop for drop in config.drops)
+    return config.lr * (1 + math.cos(math.pi * share)) / 2

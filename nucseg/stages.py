@@ -414,7 +414,7 @@ class Stages:
         return self.store.get("pseudo", (what, after, experiment.seed), make, inputs, PSEUDO_CODE)
 
     def pseudo(self, experiment: Experiment, after: int) -> list[Pair]:
-        """Return the pseudo-labelled crops that round `after` adds."""
+        """Return the pseudo-labelled crops of round `after`, which take the place of those of the round before."""
         with np.load(self.pseudo_labelled(experiment, after).path / "pairs.npz", allow_pickle=False) as arrays:
             return [tuple(arrays[f"{kind}{i}"] for kind in KINDS) for i in range(len(arrays) // 2)]
 

@@ -11,32 +11,11 @@ from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, absolute_arguments, load_profile, names
 
-PROFILES = [
-    *(
-        "h100",
-        "h100-first",
-        "h100-hoverlite",
-        "h100-hoverlite-d4",
-        "h100-seeds",
-        "h100-stain",
-        "paper",
-        "sample",
-        "sample-choices",
-    ),
-    *(
-        "sample-models",
-        "sample-nuclei",
-        "sample-recipes",
-        "sample-recipes-silent",
-        "sample-rows",
-        "sample-seeds",
-        "sample-teacher",
-    ),
-    "sample-teacher-silent",
-    "sample-tissue",
-    "slides",
-    "slides-cpu",
-]
+PROFILES = (
+    "full-cpu full-cpu-stain h100 h100-first h100-hoverlite h100-hoverlite-d4 h100-seeds h100-stain paper sample "
+    "sample-choices sample-models sample-nuclei sample-recipes sample-recipes-silent sample-rows sample-seeds "
+    "sample-teacher sample-teacher-silent sample-tissue slides slides-cpu"
+).split()
 
 
 def test_the_profiles_load_and_name_themselves():
@@ -53,7 +32,7 @@ def test_a_profile_lays_out_experiments_for_its_dataset(name):
     found = experiments((*TABLES, "S"), profile.dataset, profile.grid)
     assert found
     if not name.startswith(
-        ("sample-choices", "sample-models", "sample-nuclei", "sample-recipes", "sample-tissue")
+        ("full-cpu", "sample-choices", "sample-models", "sample-nuclei", "sample-recipes", "sample-tissue")
     ):  # these ask another question
         assert profile.ours(profile.dataset) in found
         assert profile.ours(profile.dataset).rounds > 0

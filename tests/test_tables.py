@@ -615,3 +615,22 @@ def test_other_datasets_in_the_file_change_nothing(results):
 
 def test_the_made_up_results_are_valid(results):
     check_results(results)
+
+
+def test_what_all_trainings_do_that_the_paper_does_not_name_stands_under_the_table():
+    def found(rotate, table="II"):
+        training = [
+            {"lr": 0.1},
+            {"rotate": rotate, "scale": [1.0, 1.0]},
+            {"real": 0.4, "synthetic": 0.2, "pseudo": 0.4},
+        ]
+        config = json.dumps({"model": {"segmenter": ["hoverlite", {}, "lite0"], "training": training}})
+        lines = made_up(tables=(table,))
+        about = {"run_id": lines["run_id"].unique(), "config": config, "seconds": 60.0, "device": "CPU"}
+        notes = make_table(table, lines, "kumar", SETTINGS, runs=pd.DataFrame(about)).notes
+        return [note for note in notes if "whatever their number" in note or "also turns" in note]
+
+    assert [note.split()[0] for note in found(180.0)] == ["Naive", "Annotated,"]
+    assert "up to 180° and scales by 1 to 1" in found(180.0)[0]
+    assert "0.4 : 0.2 : 0.4" in found(0.0)[0]
+    assert len(found(0.0)) == 1

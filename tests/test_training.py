@@ -170,3 +170,12 @@ def test_wrong_input_is_named():
         train(Dot(), [(image, labels)], SHORT, pair_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         TrainingConfig(iterations=0)
+
+
+def test_a_constant_rate_falls_to_a_tenth_at_each_drop():
+    config = TrainingConfig(iterations=101, lr=0.1, schedule="constant", warmup=0.0, drops=(0.5, 0.75))
+    rates = [learning_rate(config, i) for i in range(1, 102)]
+    assert rates == pytest.approx([0.1] * 50 + [0.01] * 25 + [0.001] * 26)
+    for changes in ({"drops": (1.5,)}, {"drops": (0.5,), "schedule": "one-cycle"}):
+        with pytest.raises(ValueError, match="drops are shares"):
+            TrainingConfig(**{"schedule": "constant", **changes})

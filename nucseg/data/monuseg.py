@@ -1,4 +1,8 @@
-"""MoNuSeg 2018: the 30 Kumar images to train on, 14 more to test on (REFERENCE 1.1, A4); no validation split."""
+"""MoNuSeg 2018: the 30 Kumar images to train on, 14 more to test on (REFERENCE 1.1, A4); no validation split.
+
+The two test images of lung count as of an unseen organ, by the organisers' names, though the six training images that
+are called liver are lung by their TCGA site codes.
+"""
 
 from __future__ import annotations
 

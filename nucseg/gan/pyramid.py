@@ -14,8 +14,8 @@ Resolutions and deviations (REFERENCE section 3)
   (A20; in the released code those of D_f and D_b cannot). A critic's map is averaged over the mask area, the mask
   centre-cropped to the map. Critics: LeakyReLU, linear output (A19).
 - Noise at all scales in training and sampling (A23), none in the reconstruction (A22) unless `reconstruction_noise`
-  asks for it; gradient penalty per pixel over channels (A24); masks in {0, 1}, resized by nearest neighbour, padded
-  with background (A21).
+  asks for it; SinGAN's is drawn once for a patch, the original's anew in every epoch; gradient penalty per pixel over
+  channels (A24); masks in {0, 1}, resized by nearest neighbour, padded with background (A21).
 - A critic's BatchNorm normalises real and synthetic images each by their own statistics, as in the released code, which
   hides their mean colour and contrast from it. One batch for both was tried, and in short trainings was worse.
 - Each step draws several masks (A18), and the real mask rides in the same batch: BatchNorm then has one set of

@@ -7,7 +7,8 @@ background that is left; then crop the h' x w' map to h x w, which cuts nuclei a
 Deviations and choices, each with its reason:
 
 - *Admissible positions* come from one Euclidean distance map: a position is free for e_q where the nearest nucleus is
-  more than R_q away, the same set as the dilation leaves. After an insertion only the surroundings of the new nucleus
+  at least R_q + 2 away: what the dilation leaves, less what would come to lie within a pixel of a neighbour (5 to 7 %
+  of the positions). After an insertion only the surroundings of the new nucleus
   are updated, with a distance field computed once per shape of E (A14).
 - *h', w'* are `size` + 2 x 22 pixels, 300 for 256 as in the released code (A13); the margin does not scale with
   `size`, because it has to cover a nucleus and nuclei do not scale.

@@ -9,6 +9,8 @@ loss formulas. What differs, and why (REFERENCE section 6, A29-A33):
   that same level for every box under 112 px.
 - Every layer is trained. BatchNorm follows `MaskRCNNConfig.batch_norm`.
 - One class, so one logit instead of a softmax over two, and class-agnostic boxes and masks.
+- A training step does less: 500 proposals an image (torchvision: 2,000), 256 of them for the boxes (512), at most 32
+  for the masks, and one sample in each cell of a pooled RoI (4).
 - A training step works on the whole batch at once (`nucseg.models.boxes`), with masks for positive RoIs only.
 - Overlapping masks become one label map in order of score.
 """

@@ -95,7 +95,8 @@ def row(id: str) -> Row:
     return known[id]
 
 
-# Columns of Fig. 7 and the rows whose predictions they show.
+# Columns of Fig. 7 and the rows whose predictions they show. Which patches stand behind "NaiveAug + Plabel" the paper
+# does not say; we take random crops.
 FIGURE_7 = {
     "HoVer-Net + Ours": "IV.hovernet-ours",
     "MRCNN + Ours": "IV.mrcnn-ours",

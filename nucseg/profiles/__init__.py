@@ -1,8 +1,9 @@
 """Profiles: every size and schedule of a run, in one YAML file; nothing numeric hides in code.
 
 `sample` is the built-in tissue on a CPU in minutes, `h100` the real sets on one GPU, `paper` the paper's own schedules.
-A profile names only what differs from the defaults of the stages, and those are the paper's. One that begins with
-``extends: NAME`` names only what differs from that profile.
+A profile names only what differs from the defaults of the stages. Those are the paper's where it prints a number
+(patches, K2, CSinGAN's weights), else ours; how long and how fast a segmenter learns each profile says itself. One that
+begins with ``extends: NAME`` names only what differs from that profile.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class SelectionConfig:
         alone), whatever the strategy. 0 keeps all, as in the paper. The centre crops of ``random-centre-crop`` are not
         from the pool.
     normalise
-        ImageNet mean and standard deviation before the encoder; the released code feeds plain [0, 1] (A6).
+        Mean and standard deviation of the encoder's own training before it; the released code feeds plain [0, 1] (A6).
     batch
         Patches per forward pass on a GPU (four times as many sub-regions); `cpu_batch` is the same on a CPU, small
         enough for its caches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import pandas as pd
@@ -9,7 +10,7 @@ from scipy import stats
 
 from nucseg.data.tissue import SYNTHETIC_NOTE
 from nucseg.paper import printed, rows
-from nucseg.results.settings import differences
+from nucseg.results.settings import differences, settings_of
 
 TITLES = {
     "I": "Which patches to annotate: selection strategies, each followed by CSinGAN",
@@ -20,6 +21,7 @@ TITLES = {
     "VI": "K1 and K2, without and with CSinGAN",
 }
 TEST_IMAGES = {"kumar": 14, "tnbc": 13, "monuseg": 14}  # of the paper
+OF_TNBC = " (those of three patients; its author counts the last 20)"
 OVER_SEEDS = (
     "Over seeds: 95 % interval and p of the same difference (in brackets after Holm's correction over the table), by "
     "t-test over the means of seeds (paired where both rows annotate the same patches, Welch's elsewhere): what other "
@@ -82,6 +84,7 @@ def notes(
         "last pseudo-labelling round ('best round': of the highest validation AJI). AJI is the official one, beside "
         "it AJI+, PQ and F1."
     )
+    found += _trainings(used, runs)
     found += _comparisons(table, dataset, source, measured)
     if dataset == "kumar":
         found.append(
@@ -141,6 +144,30 @@ def data_of(lines: pd.DataFrame) -> str:
     )
 
 
+def _trainings(used: pd.DataFrame, runs: pd.DataFrame | None) -> list[str]:
+    """Say in what all trainings of a table differ from the paper's by choice, as their own settings have it."""
+    if runs is None:
+        return []
+    settings = [settings_of(config) for config in runs.loc[runs["run_id"].isin(set(used["run_id"])), "config"]]
+    known = {name: {each[name] for each in settings if name in each} for each in settings for name in each}
+    value = {name: json.loads(next(iter(values))) for name, values in known.items() if len(values) == 1}
+    found = []
+    angle, (low, high) = value.get("augment.rotate", 0), value.get("augment.scale", (1, 1))
+    if angle or low != high:
+        found.append(
+            f"Naive augmentation, which all rows but those without any have, also turns by up to {angle:g}° and scales "
+            f"by {low:g} to {high:g} here. The paper names neither."
+        )
+    shares = [value.get(f"mix.{kind}") for kind in ("real", "synthetic", "pseudo")]
+    if None not in shares and ({"csingan", "singan"} & set(used["augmentation"]) or (used["rounds"] > 0).any()):
+        found.append(
+            "Annotated, synthetic and pseudo-labelled pairs, those that a row has, are drawn as "
+            f"{' : '.join(f'{share:g}' for share in shares)}, whatever their number. The paper says nothing of it; by "
+            "their number a handful of annotated pairs would be drawn once in fifty times."
+        )
+    return found
+
+
 def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> str:
     if not len(used):
         return f"Dataset {dataset}: no results yet."
@@ -177,8 +204,9 @@ def _comparisons(table: str, dataset: str, source: str, measured: Sequence) -> l
     p_values = [one.row.paper[source]["p"] for one in measured if "p" in one.row.paper[source]]
     if p_values:
         n = TEST_IMAGES[source]
+        which = OF_TNBC if source == "tnbc" else ""
         found.append(
-            f"The printed P-values cannot be paired t-tests over images: with the paper's {n} test images the "
+            f"The printed P-values cannot be paired t-tests over images: with the paper's {n} test images{which} the "
             f"smallest in this table, {min(p_values):.3g}, would need |t| = {needed_t(min(p_values), n):,.0f}. The "
             f"unit must have been patches or nuclei, which are not independent. The smallest Wilcoxon p that {n} "
             f"images can give is {2 / 2**n:.1e}."
