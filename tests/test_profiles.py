@@ -11,11 +11,21 @@ from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import FOLDER, Mix, absolute_arguments, load_profile, names
 
-PROFILES = (
-    "full-cpu full-cpu-stain h100 h100-first h100-hoverlite h100-hoverlite-d4 h100-seeds h100-stain paper sample "
-    "sample-choices sample-models sample-nuclei sample-recipes sample-recipes-silent sample-rows sample-seeds "
-    "sample-teacher sample-teacher-silent sample-tissue slides slides-cpu"
-).split()
+PROFILES = [
+    *(
+        "full-cpu",
+        "full-cpu-stain",
+        "h100",
+        "h100-first",
+        "h100-hoverlite",
+        "h100-hoverlite-d4",
+        "h100-seeds",
+        "h100-stain",
+    ),
+    *("paper", "sample", "sample-choices", "sample-models", "sample-nuclei"),
+    *("sample-recipes", "sample-recipes-silent", "sample-rows", "sample-seeds", "sample-teacher"),
+    *("sample-teacher-silent", "sample-tissue", "slides", "slides-cpu"),
+]
 
 
 def test_the_profiles_load_and_name_themselves():
