@@ -266,6 +266,18 @@ def test_a_large_map_on_the_disk_is_written_in_parts_and_gives_the_same_files(tm
     assert np.array_equal(back, labels)
 
 
+def test_what_qupath_ignores_is_no_nucleus(tmp_path):
+    labels = np.zeros((20, 20), np.int32)
+    labels[2:6, 2:6], labels[10:16, 10:16] = 1, 2
+    write_geojson(tmp_path / "a.geojson", labels)
+    content = json.loads((tmp_path / "a.geojson").read_text())
+    content["features"][1]["properties"]["classification"]["name"] = "Ignore*"
+    (tmp_path / "a.geojson").write_text(json.dumps(content))
+    with pytest.warns(AnnotationWarning, match=r"of class Ignore\*, which QuPath ignores"):
+        back = read_geojson(tmp_path / "a.geojson", labels.shape)
+    assert np.array_equal(back, np.where(labels == 1, 1, 0))
+
+
 def test_geojson_has_the_form_that_qupath_reads(tmp_path):
     labels = np.zeros((10, 12), np.int32)
     labels[1:6, 1:6] = 7

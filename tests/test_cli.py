@@ -92,7 +92,7 @@ def test_tables_are_named_by_roman_or_arabic_numbers():
 
 def test_values_that_our_own_code_refuses_are_one_line_and_warnings_name_no_code(tmp_path, monkeypatch, capsys):
     for arguments, message in (
-        (["select", "slidez", "--out", str(tmp_path / "a")], "no folder 'slidez', and no dataset of that name"),
+        (["select", "slidez", "--out", str(tmp_path / "a")], "slidez: no such folder"),
         (["select", __file__, "--out", str(tmp_path / "a")], "is a file: name the folder that holds it"),
         (["train", str(tmp_path), "--out", str(tmp_path / "a"), "--segmenter", "distt"], "no image found"),
         (["tables", "--dataset", "kumr"], "no results of profile 'sample' on 'kumr'"),

@@ -641,3 +641,30 @@ def test_the_packed_form_is_preferred_and_forms_are_never_mixed(real_data, tmp_p
     shutil.copy(real_data / "kumar" / "labels" / f"{row.id}.png", tmp_path / "packed" / "labels")
     found = find_samples("kumar", [row], tmp_path)[row.id].source
     assert (found.image_path.suffix, found.label_path.suffix) == (".webp", ".png")
+
+
+def test_images_that_a_folder_leaves_out_are_named(tmp_path):
+    def put(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / name, format="png")
+
+    def said():
+        with pytest.warns(ImageWarning) as caught:
+            found = [sample.id for sample in load_dataset(tmp_path).samples]
+        return found, [str(warning.message).split("left out, ")[1] for warning in caught]
+
+    put("plain.png", "tumour_seg.png", "tray_labels.tif", "a/b/c/d/deep.png", "x.jfif")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert said() == (
+        ["plain", "x"],
+        [
+            "label maps by their names or their folder's, but there are no images of these names: tray_labels.tif, "
+            "tumour_seg.png",
+            "folders that are links, or more than 3 deep: link, a/b/c/d",
+        ],
+    )
+    put("test/t.png", "train/u.png")
+    found, why = said()
+    assert found == ["train/u", "test/t"]
+    assert why == ["beside the splits train, test: plain.png, tray_labels.tif, tumour_seg.png, x.jfif"]

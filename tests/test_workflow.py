@@ -1,5 +1,6 @@
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from nucseg.data.sources import FileSource
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
 from nucseg.workflow import WorkflowError
-from nucseg.workflow.base import pick_device
+from nucseg.workflow.base import open_images, pick_device
+from nucseg.workflow.patches import _outline_files
 from nucseg.workflow.prediction import shows_something
 
 PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
@@ -410,7 +412,8 @@ def test_a_folder_with_a_slide_is_segmented_and_nothing_else_is_left(training_se
         assert a.max() == b.max() == len(np.unique(a.astype(np.int64) * 10_000 + b)) - 1
         outlined = annotations.read_geojson(tmp_path / "b" / "geojson" / f"{name}.geojson", b.shape)
         assert np.array_equal(outlined, b)
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["geojson", "images.csv", "labels"]
+    left = sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert left == ["geojson", "images.csv", "labels", "predictions.json"]
 
 
 def test_a_disk_without_room_is_an_error_before_the_first_image(training_set, slide, tmp_path, monkeypatch):
@@ -418,6 +421,144 @@ def test_a_disk_without_room_is_an_error_before_the_first_image(training_set, sl
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(WorkflowError, match=r"s: .*has room for 0.0 GB.*write to another disk"):
         workflow.predict_folder(tmp_path / "model", slide[0], tmp_path / "out", large=1000)
+
+
+# -- what was there before, and what was meant ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(training_set, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    workflow.train_folder(training_set[0], out, "hoverlite", PROFILE)
+    return out
+
+
+def test_predictions_go_on_where_they_stopped_and_with_images_that_came_later(trained, slides, tmp_path, monkeypatch):
+    (tmp_path / "s").mkdir()
+    shutil.copy(slides[0] / "slide_a.png", tmp_path / "s")
+    workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    first = (tmp_path / "out" / "labels" / "slide_a.tif").stat().st_mtime_ns
+    shutil.copy(slides[0] / "slide_b.png", tmp_path / "s")
+    table = workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    assert list(table["image_id"]) == list(NAMES)
+    assert (tmp_path / "out" / "labels" / "slide_a.tif").stat().st_mtime_ns == first
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "images.csv"), table)
+    shutil.copy(slides[0] / "slide_b.png", tmp_path / "s" / "slide_a.png")  # another image of the same name
+    again = workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    assert again["nuclei"].tolist() == [table["nuclei"][1]] * 2
+
+
+def test_an_image_that_cannot_be_read_does_not_hold_up_the_others(trained, slides, tmp_path):
+    shutil.copytree(slides[0], tmp_path / "s")
+    (tmp_path / "s" / "a_half.png").write_bytes((slides[0] / "slide_a.png").read_bytes()[:4000])
+    with pytest.raises(WorkflowError, match=r"(?s)1 of 3 images could not be read:.*a_half.png: damaged"):
+        workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    assert list(pd.read_csv(tmp_path / "out" / "images.csv")["image_id"]) == list(NAMES)
+
+
+def test_predictions_of_another_model_and_finished_models_are_not_written_over(trained, training_set, slides, tmp_path):
+    with pytest.raises(WorkflowError, match="holds a model already"):
+        workflow.train_folder(training_set[0], trained, "hoverlite", PROFILE, seed=3)
+    workflow.predict_folder(trained, slides[0], tmp_path / "out")
+    workflow.train_folder(training_set[0], tmp_path / "other", "hoverlite", PROFILE, seed=3)
+    with pytest.raises(WorkflowError, match="holds predictions of another model"):
+        workflow.predict_folder(tmp_path / "other", slides[0], tmp_path / "out")
+    (tmp_path / "mine" / "labels").mkdir(parents=True)
+    with pytest.raises(WorkflowError, match=r"holds labels/ or geojson/ of something else"):
+        workflow.predict_folder(trained, slides[0], tmp_path / "mine")
+
+
+def test_a_folder_wins_over_a_public_dataset_of_its_name(slides, tmp_path, monkeypatch):
+    shutil.copytree(slides[0], tmp_path / "tissue")
+    monkeypatch.chdir(tmp_path)
+    for place in ("tissue", Path("tissue"), "./tissue"):
+        assert [sample.id for sample in open_images(place).samples] == list(NAMES)
+    with pytest.raises(WorkflowError, match="nowhere: no such folder"):
+        open_images("nowhere")
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_stands(slides, picks, outlines, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(slides[0], tmp_path / "s")
+    workflow.select_patches("~/s", "~/p", 2, "random-crop", PROFILE)
+    workflow.import_annotations("~/p", outlines, "~/t")
+    workflow.train_folder("~/t", "~/m", "hoverlite", PROFILE)
+    workflow.predict_folder("~/m", "~/s", "~/o")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "o", "p", "s", "t"]
+    assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o044  # colleagues may read it
+
+
+def test_what_the_commands_wrote_into_the_folder_of_images_is_no_image(slides, tmp_path):
+    shutil.copytree(slides[0], tmp_path / "s")
+    workflow.select_patches(tmp_path / "s", tmp_path / "s" / "picks", 2, "random-crop", PROFILE)
+    assert [sample.id for sample in open_images(tmp_path / "s").samples] == list(NAMES)
+
+
+def test_patches_are_compared_with_the_images_that_they_come_back_to(slides, picks, outlines, tmp_path):
+    shutil.copytree(slides[0], tmp_path / "s")
+    for name in NAMES:
+        Image.open(slides[0] / f"{name}.png").rotate(180).save(tmp_path / "s" / f"{name}.png")
+    with pytest.raises(WorkflowError, match=r"is not the one that patches were chosen from: .*01_slide_.*--images"):
+        workflow.import_annotations(picks[0], outlines, tmp_path / "out", images=tmp_path / "s")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [{"empty": True}, {"partial": True}])
+def test_outlines_in_other_coordinates_are_an_error_whatever_the_flags(picks, slides, tmp_path, flags):
+    images = sorted({Path(patch.image_id).name for patch in picks[1].patches})
+    for name in images:
+        labels = slides[1][name].copy()
+        if name == images[0]:  # none of it in a patch
+            for patch in picks[1].patches:
+                if Path(patch.image_id).name == name:
+                    labels[np.isin(labels, np.unique(labels[patch.slices]))] = 0
+            assert labels.any()
+        annotations.write_geojson(tmp_path / f"{name}.geojson", labels)
+    with pytest.raises(WorkflowError, match="lie beyond its patches; outlines count on the whole image"):
+        workflow.import_annotations(picks[0], tmp_path, tmp_path / "out", **flags)
+
+
+def test_outlines_are_found_by_names_that_look_the_same(slides, tmp_path):
+    names = {"slide1.svs": "slide1.svs", "core_label": "core_label", "Präp B": unicodedata.normalize("NFD", "präp b")}
+    for file in names.values():
+        annotations.write_geojson(tmp_path / "o" / f"{file}.geojson", slides[1]["slide_a"])
+    found = _outline_files(tmp_path / "o", {name: name for name in names}, partial=False)
+    assert {name: path.stem for name, path in found.items()} == names
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(slides, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("nucseg.workflow.patches.select", lambda *a, **k: pytest.fail("worked first"))
+    with pytest.raises(WorkflowError, match="file/out: cannot be written to"):
+        workflow.select_patches(slides[0], tmp_path / "file" / "out", 2, "random-crop", PROFILE)
+
+
+def test_json_of_something_else_is_named(slides, outlines, tmp_path):
+    for name, read in (
+        ("selection.json", lambda: workflow.import_annotations(tmp_path, outlines, tmp_path / "out")),
+        ("model.json", lambda: workflow.load_model(tmp_path)),
+    ):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(WorkflowError, match=f"{name}: not what nucseg writes, it lacks"):
+            read()
+
+
+def test_a_damaged_image_without_outlines_is_told_before_a_training(training_set, slides, tmp_path, monkeypatch):
+    shutil.copytree(slides[0], tmp_path / "s")
+    (tmp_path / "s" / "half.png").write_bytes((slides[0] / "slide_a.png").read_bytes()[:4000])
+    monkeypatch.setattr("nucseg.workflow.segmenter.train", lambda *a, **k: pytest.fail("trained first"))
+    with pytest.raises(ValueError, match=r"half.png: damaged"):
+        workflow.train_folder(training_set[0], tmp_path / "m", "hoverlite", PROFILE, unlabelled=tmp_path / "s")
+
+
+def test_label_maps_in_folders_are_evaluated_too(slides, tmp_path):
+    for name in ("slide_a", "deep/slide_a"):
+        for folder in ("truth", "predicted/labels"):
+            annotations.write_labels(tmp_path / folder / f"{name}.tif", slides[1]["slide_a"])
+    table = workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted")
+    assert list(table["image_id"]) == ["deep/slide_a", "slide_a", "mean"]
+    assert (table["aji"] == 1).all()
 
 
 def test_images_without_outlines_change_the_model_and_are_named_in_its_record(training_set, slides, tmp_path):
@@ -528,6 +669,7 @@ class Slide:
 
     def __init__(self, height, width, tissue):
         self.shape, self.tissue, self.read = (height, width), tissue, 0
+        self.source = SimpleNamespace(by_region=True)
 
     @property
     def image(self):

@@ -86,7 +86,8 @@ def read_geojson(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
     """Read nuclei drawn or corrected in QuPath into a label map.
 
     Ids are those that `write_geojson` gave; new or doubled features get the next free ids. Rectangles of class
-    ``"Patch"`` are those to annotate, not nuclei, and are left out. Of cells the nucleus is taken.
+    ``"Patch"`` are those to annotate, not nuclei, and are left out; so is, with a warning, what has a class that QuPath
+    ignores (``"Ignore*"``). Of cells the nucleus is taken.
 
     Parameters
     ----------
@@ -132,12 +133,15 @@ def read_geojson_sparse(path: str | Path, shape: tuple[int, int]) -> tuple[Spars
             continue
         names.append(str(feature.get("id") or properties.get("name") or f"number {number}"))
         given = _measurements(properties).get(LABEL_ID)
+        ignored = (_class_name(properties) or "").endswith("*")  # QuPath's own sign
         try:
-            rings = () if patch else _rings(geometry)
+            rings = () if patch or ignored else _rings(geometry)
         except (TypeError, ValueError, KeyError, IndexError) as error:
             unread[len(shapes)] = f"no area that can be filled ({error})"
             rings = ()
-        if patch:
+        if ignored:
+            unread[len(shapes)] = f"of class {_class_name(properties)}, which QuPath ignores"
+        elif patch:
             unread[len(shapes)] = f"of class {PATCH}, but no rectangle; a nucleus needs another class, or none"
         elif given is None and (parts := _parts(geometry)) > 1:
             pieces[len(shapes)] = f"taken as one nucleus, but in {parts} parts (several: Split annotations in QuPath)"

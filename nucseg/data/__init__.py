@@ -12,6 +12,7 @@ from pathlib import Path
 from nucseg.annotations.errors import DataError
 from nucseg.config import nearest
 from nucseg.data.dataset import Dataset, MissingData, Sample
+from nucseg.data.folder import load as load_folder
 from nucseg.data.images import ImageError, ImageWarning, read_image, read_region
 from nucseg.patches import Patch
 
@@ -28,6 +29,7 @@ __all__ = [
     "Sample",
     "data_root",
     "load_dataset",
+    "load_folder",
     "read_image",
     "read_region",
 ]

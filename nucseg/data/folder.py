@@ -4,12 +4,17 @@ Layouts: ``images/`` beside ``labels/`` (or masks, annotations) with the same st
 beside ``Annotations/``; or label files side by side with the images: ``<stem>_labels.png|tif|npy``, ``<stem>.xml``,
 ``<stem>.geojson``, ``<stem>_seg.npy``. Sub-folders ``train``, ``val`` and ``test`` become splits; otherwise all
 is train.
+
+What else lies there and might have been meant is left out with a warning: images beside the splits, label files without
+an image, kinds that cannot be read, links to folders and folders too deep. Folders that nucseg wrote into this one
+(patches to outline, training sets, predictions) are no images of it and are left out without one.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from nucseg.annotations.errors import DataError
@@ -25,6 +30,7 @@ LABEL_FILE = re.compile(
     re.IGNORECASE,
 )
 UNREAD = (".gif", ".jp2", ".j2k", ".dcm", ".czi", ".lif", ".vsi", ".bif", ".heic", ".avif")  # images all the same
+OWN = ("selection.json", "patches.csv", "predictions.json")  # a folder that holds one is the output of a command
 DEPTH = 3
 PREFERENCE = (".geojson", ".xml", ".npy", ".tif", ".tiff", ".png")  # drawn outlines before rasters, where both exist
 
@@ -55,6 +61,14 @@ def load(folder: str | Path) -> Dataset:
     named = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     if any(split in named for split in SPLITS):
         samples = {split: _samples(named[split], f"{split}/") if split in named else () for split in SPLITS}
+        inside = [named[split] for split in SPLITS if split in named]
+        files = (place / name for place, names in _folders(folder) for name in names)
+        beside = [
+            path
+            for path in files
+            if path.suffix.lower() in IMAGE_SUFFIXES and not any(split in path.parents for split in inside)
+        ]
+        _say(folder, f"beside the splits {', '.join(path.name for path in inside)}", beside)
     else:
         samples = {"train": _samples(folder)}
     if not any(samples.values()):
@@ -68,8 +82,9 @@ def load(folder: str | Path) -> Dataset:
 def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
     images: dict[tuple[Path, str], Path] = {}
     labels: dict[tuple[Path, str], Path] = {}
-    unread: list[str] = []
-    for folder, names in walk(root, DEPTH):
+    unread: list[Path] = []
+    unseen: list[Path] = []
+    for folder, names in _folders(root, unseen):
         kind = folder.name.lower()
         home = folder.parent if kind in IMAGE_FOLDERS + LABEL_FOLDERS and folder != root else folder
         if kind.startswith(("slide_", "gt_")):  # TNBC as it unzips
@@ -89,15 +104,34 @@ def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
                     raise DataError(f"{images[key]} and {path} are two images of one name; rename or remove one")
                 images[key] = path
             elif path.suffix.lower() in UNREAD and kind not in LABEL_FOLDERS:
-                unread.append(name)
-    if images and unread:
-        said = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
-        warnings.warn(f"{root}: left out, of a kind that cannot be read here: {said}", ImageWarning, stacklevel=3)
+                unread.append(path)
+    if images:
+        pictures = [path for key, path in labels.items() if key not in images and path.suffix.lower() in IMAGE_SUFFIXES]
+        _say(root, "of a kind that cannot be read here", unread)
+        _say(root, "label maps by their names or their folder's, but there are no images of these names", pictures)
+        _say(root, f"folders that are links, or more than {DEPTH} deep", unseen)
     samples = []
     for (home, stem), path in sorted(images.items()):
         below = home.relative_to(root)
         samples.append(Sample(prefix + (below / stem).as_posix(), FileSource(path, labels.get((home, stem)))))
     return tuple(samples)
+
+
+def _folders(root: Path, left_out: list[Path] | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders and their file names, but those that a command has written into this one."""
+    own: list[Path] = []
+    for folder, names in walk(root, DEPTH, left_out):
+        if folder != root and set(OWN) & set(names):
+            own.append(folder)
+        if not any(folder.is_relative_to(other) for other in own):
+            yield folder, names
+
+
+def _say(root: Path, why: str, paths: list[Path]) -> None:
+    if paths:
+        said = ", ".join(path.relative_to(root).as_posix() for path in paths[:5])
+        said += f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        warnings.warn(f"{root}: left out, {why}: {said}", ImageWarning, stacklevel=4)
 
 
 def _rank(path: Path) -> int:

@@ -1,6 +1,6 @@
 """Reading images: 8-bit RGB in the end, whole or by region, and a plain reason whenever a file cannot be one.
 
-8-bit RGB is the norm. RGBA loses its alpha without a word; grey, palette and 16-bit images are converted with a
+8-bit RGB is the norm. What is transparent is laid on white; grey, palette and 16-bit images are converted with a
 warning; CMYK, float, truncated, empty and non-image files are `ImageError`s that name the file and the reason. An
 orientation tag is never applied: label maps are drawn on the pixels as they are stored.
 """
@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from nucseg.annotations.errors import DataError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or openslide opens all of these
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn")
 ORIENTATION_TAG = 274

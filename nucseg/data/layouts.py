@@ -54,14 +54,18 @@ def searched(root: Path) -> str:
     return f"under {root}" if root.is_dir() else f"because there is no folder {root}"
 
 
-def walk(root: Path, depth: int = DEPTH) -> Iterator[tuple[Path, list[str]]]:
-    """Yield folders and their file names, not deeper than `depth`, hidden folders left out, in sorted order."""
+def walk(root: Path, depth: int = DEPTH, left_out: list[Path] | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders and their file names, not deeper than `depth`, hidden folders left out, in sorted order.
+
+    Folders that lie deeper, or are links, are added to `left_out`.
+    """
     for folder, subfolders, files in os.walk(root):
         here = Path(folder)
         level = len(here.relative_to(root).parts)
-        subfolders[:] = (
-            sorted(name for name in subfolders if not name.startswith((".", "__MACOSX"))) if level < depth else []
-        )
+        seen = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+        subfolders[:] = [name for name in seen if level < depth and not (here / name).is_symlink()]
+        if left_out is not None:
+            left_out += [here / name for name in seen if name not in subfolders]
         yield here, sorted(name for name in files if not name.startswith("."))
 
 

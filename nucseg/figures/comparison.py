@@ -26,7 +26,7 @@ from nucseg.stats import RankTest
 from nucseg.tables import NOT_IN_PROFILE
 
 INK, GREY, FAINT = "0.2", "0.55", "0.85"
-BLUE, VERMILION = "#0072B2", "#D55E00"
+BLUE, GREEN, VERMILION = "#0072B2", "#009E73", "#D55E00"
 DASHED = (0, (4, 3))
 COLUMNS = 5  # panels side by side
 _AXES = {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from nucseg.data import NAMES, Dataset, Sample, load_dataset, load_folder
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
 
@@ -40,14 +44,59 @@ def default_profile(device: str = "") -> str:
     return "slides" if pick_device(device).type == "cuda" else "slides-cpu"
 
 
-def read_json(path: Path, advice: str) -> dict:
-    """Read what an earlier step wrote, or say which step that is."""
+def open_images(place: str | Path) -> Dataset:
+    """Open a folder of images; one that is there wins over a public dataset of its name.
+
+    Raises
+    ------
+    WorkflowError
+        If it is neither.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return load_folder(path)
+    if str(place) not in NAMES:
+        kind = "is a file: name the folder that holds it" if path.is_file() else "no such folder"
+        raise WorkflowError(f"{place}: {kind}")
+    return load_dataset(str(place))
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder to write to, before the work whose result it is for.
+
+    Raises
+    ------
+    WorkflowError
+        If that cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise WorkflowError(f"{path}: cannot be written to ({error.strerror}); name another --out") from error
+
+
+def reader(sample: Sample) -> Callable[[int, int, int, int], np.ndarray]:
+    """Return a function that cuts rectangles (row, column, height, width) out of an image, decoding nothing twice."""
+    if sample.source.by_region:
+        return sample.region
+    image = sample.image
+    return lambda row, col, height, width: image[row : row + height, col : col + width].copy()
+
+
+def read_json(path: Path, advice: str, keys: Iterable[str] = ()) -> dict:
+    """Read what an earlier step wrote, with these keys at least, or say which step that is."""
     if not path.is_file():
         raise WorkflowError(f"no {path}: {advice}")
+    again = advice.replace("first", "again")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WorkflowError(f"{path}: not complete JSON ({error}); {advice.replace('first', 'again')}") from error
+        raise WorkflowError(f"{path}: not complete JSON ({error}); {again}") from error
+    if missing := [key for key in keys if not isinstance(found, dict) or key not in found]:
+        raise WorkflowError(f"{path}: not what nucseg writes, it lacks {missing[0]!r}; {again}")
+    return found
 
 
 def unique_names(image_ids: Iterable[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,22 +16,33 @@ from PIL import Image
 from nucseg import annotations
 from nucseg.annotations import SparseLabels
 from nucseg.config import to_plain
-from nucseg.data import DataError, Sample, load_dataset
+from nucseg.data import DataError, Sample, read_image
 from nucseg.encoders import Encoder
 from nucseg.files import write_text
 from nucseg.patches import Patch
 from nucseg.profiles import Profile
 from nucseg.progress import task
 from nucseg.selection import Selection, select
-from nucseg.workflow.base import SELECTION_FILE, WorkflowError, pick_device, read_json, unique_names
+from nucseg.workflow.base import (
+    SELECTION_FILE,
+    WorkflowError,
+    new_folder,
+    open_images,
+    pick_device,
+    read_json,
+    unique_names,
+)
 
 OUTLINES = (".geojson", ".json", ".xml", ".png", ".tif", ".tiff", ".npy")
 # What annotation tools add to the name of the image, with or without its own suffix.
 _OUTLINE_FILE = re.compile(
-    r"^(?P<stem>.+?)(?P<suffix_of_image>\.(png|jpe?g|tiff?|webp|bmp|svs|ndpi|scn|mrxs))?"
+    r"^(?P<stem>.+?)(?P<suffix_of_image>\.(png|jpe?g|jfif|tiff?|webp|bmp|svs|ndpi|scn|mrxs))?"
     r"(_labels?|_masks?|_cp_masks|_seg|)\.(?P<suffix>geojson|json|xml|png|tiff?|npy)$",
     re.IGNORECASE,
 )
+HINT = "outlines count on the whole image, not on the PNG of a patch"
+ANOTHER = 8.0  # grey levels by which a patch differs on average from its picture where the image is another one
+ODD = 0.25  # of a patch: a nucleus that large is remarkable
 LARGEST = 0.6  # of a patch: no nucleus is that large, a region of tissue or a rectangle is
 
 
@@ -47,11 +59,12 @@ def select_patches(
     WorkflowError
         If `out` holds a selection already: rectangles of two selections would be outlined as one.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if (out / SELECTION_FILE).exists():
         raise WorkflowError(f"{out} holds a selection already; name another folder, or remove this one first")
-    dataset = load_dataset(str(images))
+    dataset = open_images(images)
     samples = list(dataset.samples)
+    new_folder(out)
     config, encoder = profile.selection, profile.encoder
     if not strategy.startswith("random"):
         encoder = Encoder(encoder, profile.weights.get(encoder), config.normalise)
@@ -89,7 +102,8 @@ def select_patches(
         path.parent.mkdir(parents=True, exist_ok=True)
         annotations.write_geojson(path, [p for _, p in mine], ranks=[rank for rank, _ in mine], scores=own)
     pd.DataFrame(rows).to_csv(out / "patches.csv", index=False)
-    place = str(Path(images).resolve()) if Path(images).exists() else str(images)
+    path = Path(images).expanduser()
+    place = str(path.resolve()) if path.exists() else str(images)
     write_text(out / SELECTION_FILE, json.dumps({"images": place, **selection.to_dict()}, indent=1))
     return selection
 
@@ -132,28 +146,30 @@ def import_annotations(
         If outlines are missing, are too large for nuclei or seem to lie in the wrong place, or `out` holds a training
         set already. Nothing is written then.
     """
-    out = Path(out)
+    out, selection, outlines = (Path(path).expanduser() for path in (out, selection, outlines))
     if (out / "patches.csv").exists():
         raise WorkflowError(f"{out} holds imported patches already; name another folder, or remove this one first")
-    record = read_json(Path(selection) / SELECTION_FILE, "run 'nucseg select' first")
+    record = read_json(selection / SELECTION_FILE, "run 'nucseg select' first", ("images", "strategy", "patches"))
     chosen = Selection.from_dict({k: v for k, v in record.items() if k != "images"})
     place = str(images or record["images"])
     try:
-        samples = {sample.id: sample for sample in load_dataset(place).samples}
-    except DataError as error:
-        where = "" if images else f" (so says {Path(selection) / SELECTION_FILE}; --images names another place)"
+        samples = {sample.id: sample for sample in open_images(place).samples}
+    except (DataError, WorkflowError) as error:
+        where = "" if images else f" (so says {selection / SELECTION_FILE}; --images names another place)"
         raise WorkflowError(f"{error}{where}") from error
     wanted = list(dict.fromkeys(patch.image_id for patch in chosen.patches))
     if lost := [image_id for image_id in wanted if image_id not in samples]:
         raise WorkflowError(f"image {lost[0]!r} is no longer in {place}; put it back")
     names = unique_names(samples)
-    files = _outline_files(Path(outlines), {image_id: names[image_id] for image_id in wanted}, partial)
+    _check_images(chosen.patches, samples, {p: selection / "patches" / _patch_file(rank, p, names) for rank, p in
+                                            enumerate(chosen.patches, 1)})  # fmt: skip
+    files = _outline_files(outlines, {image_id: names[image_id] for image_id in wanted}, partial)
     labels_of = {image_id: _read_outlines(path, samples[image_id]) for image_id, path in files.items()}
     patches = [(rank, p) for rank, p in enumerate(chosen.patches, 1) if p.image_id in files]
     labels_in = {rank: labels_of[p.image_id].crop(p.row, p.col, p.size, p.size) for rank, p in patches}
     counts = [_count(labels_in[rank]) for rank, _ in patches]
     _check_sizes(patches, labels_in, labels_of, files)
-    left_out = _check_places(patches, labels_in, labels_of, Path(outlines), partial, empty)
+    left_out = _check_places(patches, labels_in, labels_of, outlines, partial, empty)
 
     rows = []
     for name in ("images", "labels"):
@@ -178,12 +194,15 @@ def _outline_files(folder: Path, names: Mapping[str, str], partial: bool) -> dic
     if not folder.is_dir():
         raise WorkflowError(f"{folder}: no such folder; give the one with the outlines")
     there: dict[str, list[Path]] = {}
+    whole = {_plain(name) for name in names.values()}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
         if match := _OUTLINE_FILE.match(path.name):
-            there.setdefault((path.parent / match["stem"]).relative_to(folder).as_posix(), []).append(path)
+            # An image may itself be called slide.svs or core_label: its whole name comes first.
+            stem = path.stem if _plain(path.relative_to(folder).with_suffix("").as_posix()) in whole else match["stem"]
+            there.setdefault(_plain((path.parent / stem).relative_to(folder).as_posix()), []).append(path)
     found = {}
     for image_id, name in names.items():
-        keys = (name, name.removesuffix(".ome"))
+        keys = (_plain(name), _plain(name.removesuffix(".ome")))
         if paths := next((there.pop(key) for key in keys if key in there), None):
             found[image_id], *others = sorted(paths, key=lambda path: OUTLINES.index(path.suffix.lower()))
             if others:
@@ -203,6 +222,11 @@ def _outline_files(folder: Path, names: Mapping[str, str], partial: bool) -> dic
     raise WorkflowError(message + ("; --partial goes on without them" if found else ""))
 
 
+def _plain(name: str) -> str:
+    """Return a file's name as one compares it: some systems take ä apart, and others do not tell b from B."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def _read_outlines(path: Path, sample: Sample) -> SparseLabels:
     geojson = annotations.read_geojson_sparse
     readers = {".xml": annotations.read_xml_sparse, ".geojson": geojson, ".json": geojson}
@@ -212,8 +236,25 @@ def _read_outlines(path: Path, sample: Sample) -> SparseLabels:
         return labels
     labels = annotations.read_labels(path)
     if labels.shape != sample.shape:
-        raise WorkflowError(f"{path}: label map of {labels.shape}, but image {sample.id} is {sample.shape}")
+        raise WorkflowError(f"{path}: label map of {labels.shape}, but image {sample.id} is {sample.shape}; {HINT}")
     return SparseLabels.of(labels)
+
+
+def _check_images(patches: Sequence[Patch], samples: Mapping[str, Sample], pictures: Mapping[Patch, Path]) -> None:
+    """Raise where an image is not the one that a patch was chosen from: its picture is there to compare with."""
+    for patch in patches:
+        if not pictures[patch].is_file():
+            continue
+        sample = samples[patch.image_id]
+        inside = patch.row + patch.size <= sample.shape[0] and patch.col + patch.size <= sample.shape[1]
+        then = read_image(pictures[patch]).astype(float)
+        # Decoders of JPEG differ by a level or two between machines.
+        if not inside or np.abs(then - sample.region(patch.row, patch.col, patch.size, patch.size)).mean() > ANOTHER:
+            raise WorkflowError(
+                f"image {patch.image_id} is not the one that patches were chosen from: {pictures[patch]} shows "
+                f"something else than row {patch.row}, column {patch.col} of it. Put the original back, or name its "
+                "folder with --images"
+            )
 
 
 def _count(labels: np.ndarray) -> int:
@@ -240,6 +281,12 @@ def _check_sizes(
                 f"{rows.stop} and column {cols.start} to {cols.stop} of the image; no nucleus is that large. Is it a "
                 "region of tissue, or the patch's rectangle? Delete it"
             )
+        if share > ODD:
+            warnings.warn(
+                f"{files[patch.image_id]}: one outline covers {share:.0%} of patch {rank}, at row {rows.start} and "
+                f"column {cols.start} of the image; it counts as one nucleus. Delete it if it is none",
+                stacklevel=3,
+            )
 
 
 def _check_places(
@@ -255,16 +302,20 @@ def _check_places(
     for image_id, labels in labels_of.items():
         touched = [labels_in[rank].ravel() for rank, patch in patches if patch.image_id == image_id]
         beyond[image_id] = np.setdiff1d(labels.ids, np.concatenate(touched)).size
-    hint = "outlines count on the whole image, not on the PNG of a patch"
     if not any(counts):
         elsewhere = sum(beyond.values())
-        why = f"{elsewhere} outlines in {folder} lie elsewhere: {hint}" if elsewhere else f"{folder} holds no outline"
+        why = f"{elsewhere} outlines in {folder} lie elsewhere: {HINT}" if elsewhere else f"{folder} holds no outline"
         raise WorkflowError(f"no nucleus is outlined inside any chosen patch; {why}")
     without = [(rank, patch) for (rank, patch), nuclei in zip(patches, counts, strict=True) if not nuclei]
     if not without:
         return set()
     listed = ", ".join(f"{rank} of {patch.image_id}" for rank, patch in without)
     message = f"no nucleus is outlined in patch {listed}"
+    # Whoever outlined an image and met none of its patches did it in other coordinates, whatever the flags say.
+    for image_id in dict.fromkeys(patch.image_id for _, patch in without):
+        if beyond[image_id] and beyond[image_id] == np.unique(labels_of[image_id].ids).size:
+            said = f"all {beyond[image_id]} outlines of {image_id} lie beyond its patches"
+            raise WorkflowError(f"{message}: {said}; {HINT}")
     if empty:
         warnings.warn(f"{message}: all of it is taken for background", stacklevel=3)
         return set()
@@ -272,5 +323,5 @@ def _check_places(
         warnings.warn(f"{message}: left out", stacklevel=3)
         return {rank for rank, _ in without}
     if elsewhere := sum(beyond[image_id] for image_id in {patch.image_id for _, patch in without}):
-        message += f", but {elsewhere} outlines of the same images lie beyond the patches: {hint}"
+        message += f", but {elsewhere} outlines of the same images lie beyond the patches: {HINT}"
     raise WorkflowError(f"{message}. --empty says that such a patch holds none, --partial leaves it out for now")

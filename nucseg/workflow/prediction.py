@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from nucseg import annotations
-from nucseg.data import Sample, load_dataset
+from nucseg.data import DataError, Sample
+from nucseg.files import write_text
 from nucseg.inference import merge_tiles, places_of, run_ahead, workers_for
 from nucseg.models.base import Instances, Segmenter
 from nucseg.progress import Task, task
 from nucseg.selection.content import shows_tissue
-from nucseg.workflow.base import WorkflowError, unique_names
+from nucseg.workflow.base import (
+    MODEL_FILE,
+    WorkflowError,
+    new_folder,
+    open_images,
+    read_json,
+    reader,
+    unique_names,
+)
 from nucseg.workflow.segmenter import load_model
 
 LARGE = 100_000_000  # pixels of an image beyond which it is read in blocks, and its label map lies on the disk
+RECORD = "predictions.json"  # of which model, and of which state of the images, a folder's predictions are
 BLOCK, OVERLAP = 2048, 256  # of a segmenter that has none of its own
 SPECK = 16  # pixels: as wide as a small nucleus; where no square of this side is darker than glass, there is none
 
@@ -29,7 +42,9 @@ def predict_folder(
 ) -> pd.DataFrame:
     """Segment every image of a folder: a 16- or 32-bit label map and a QuPath GeoJSON each, in `out`.
 
-    ``images.csv`` there has one line per image: how many nuclei, and their mean score.
+    ``images.csv`` there has one line per image: how many nuclei, and their mean score. What was stopped goes on where
+    it was, by the same call, and images that were added later join those that are done. An image that cannot be read
+    does not hold up the others.
 
     Parameters
     ----------
@@ -40,37 +55,95 @@ def predict_folder(
     large
         Pixels of an image beyond which `segment_slide` does it.
 
+    Returns
+    -------
+    DataFrame
+        The lines of these images, those that were done before among them.
+
     Raises
     ------
     WorkflowError
-        For an image below 32 pixels a side, or where the disk has no room for a slide's label map; before the first
-        image is segmented.
+        Before the first image is segmented: for an image below 32 pixels a side, where `out` holds predictions of
+        another model, or where the disk has no room for a slide's label map. After the last: for those that could not
+        be read.
     """
+    model, out = Path(model).expanduser(), Path(out).expanduser()
     segmenter = load_model(model, device)
-    samples, out = list(load_dataset(str(images)).samples), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    samples = list(open_images(images).samples)
+    done = _Done(new_folder(out), model)
     _check(samples, out, large)  # before hours of work end at the last one
-    rows, names = [], unique_names([sample.id for sample in samples])
-    small = [sample for sample in samples if _area(sample) <= large]
+    names, failed = unique_names([sample.id for sample in samples]), []
+    todo = [sample for sample in samples if not done.has(sample, names[sample.id])]
+    small = [sample for sample in todo if _area(sample) <= large]
     # On a GPU the network goes on with the next image while processes separate this one's nuclei.
-    found = run_ahead((segmenter.begin(sample.image) for sample in small), workers_for(segmenter, len(small)))
-    with task("segmenting", len(samples)) as progress, tempfile.TemporaryDirectory(prefix=".nucseg.", dir=out) as place:
-        for i, sample in enumerate(samples):
-            stem = names[sample.id]
+    found = run_ahead((_begin(segmenter, sample) for sample in small), workers_for(segmenter, len(small)))
+    with task("segmenting", len(todo)) as progress, tempfile.TemporaryDirectory(prefix=".nucseg.", dir=out) as place:
+        for i, sample in enumerate(todo):
+            stem, canvas = names[sample.id], Path(place) / str(i)
             if _area(sample) <= large:
-                labels, scores = next(found)
+                result = next(found)
             else:
-                canvas = np.memmap(Path(place) / str(i), np.int32, "w+", shape=sample.shape)
-                labels, scores = segment_slide(segmenter, sample, canvas)
-            annotations.write_labels(out / "labels" / f"{stem}.tif", labels)
-            annotations.write_geojson(out / "geojson" / f"{stem}.geojson", labels, scores=scores)
-            mean = float(scores.mean()) if len(scores) else 0.0
-            rows.append({"image_id": sample.id, "nuclei": len(scores), "mean_score": mean})
+                result = _slide(segmenter, sample, np.memmap(canvas, np.int32, "w+", shape=sample.shape))
+            if isinstance(result, str):
+                failed.append(result)
+            else:
+                annotations.write_labels(out / "labels" / f"{stem}.tif", result.labels)
+                annotations.write_geojson(out / "geojson" / f"{stem}.geojson", result.labels, scores=result.scores)
+                done.add(sample, result.scores)
             progress.update(i + 1, stem)
-            (Path(place) / str(i)).unlink(missing_ok=True)
-    table = pd.DataFrame(rows)
-    table.to_csv(out / "images.csv", index=False)
-    return table
+            canvas.unlink(missing_ok=True)
+    if failed:
+        raise WorkflowError(f"{len(failed)} of {len(samples)} images could not be read:\n" + "\n".join(failed))
+    return done.table([sample.id for sample in samples])
+
+
+class _Done:
+    """What a folder holds of one model's predictions, so that the next call goes on there."""
+
+    def __init__(self, folder: Path, model: Path):
+        self.folder, self.path = folder, folder / RECORD
+        parts = [(model / name).read_bytes() for name in (MODEL_FILE, "model.safetensors")]
+        self.model, self.images = hashlib.sha256(b"".join(parts)).hexdigest()[:16], {}
+        if self.path.is_file():
+            record = read_json(self.path, "remove it, and the predictions beside it, first", ("model", "images"))
+            if record["model"] != self.model:
+                raise WorkflowError(f"{folder} holds predictions of another model; name another folder")
+            self.images = record["images"]
+        elif (folder / "labels").is_dir() or (folder / "geojson").is_dir():
+            raise WorkflowError(f"{folder} holds labels/ or geojson/ of something else; name another folder")
+
+    def has(self, sample: Sample, name: str) -> bool:
+        files = self.folder / "labels" / f"{name}.tif", self.folder / "geojson" / f"{name}.geojson"
+        same = self.images.get(sample.id, {}).get("file") == _stamp(sample)
+        return same and all(path.is_file() for path in files)
+
+    def add(self, sample: Sample, scores: np.ndarray) -> None:
+        mean = float(scores.mean()) if len(scores) else 0.0
+        self.images[sample.id] = {"file": _stamp(sample), "nuclei": len(scores), "mean_score": mean}
+        write_text(self.path, json.dumps({"model": self.model, "images": self.images}, indent=1))
+        write_text(self.folder / "images.csv", self.table(self.images).to_csv(index=False))
+
+    def table(self, image_ids: Iterable[str]) -> pd.DataFrame:
+        keys = ("nuclei", "mean_score")
+        return pd.DataFrame([{"image_id": i, **{key: self.images[i][key] for key in keys}} for i in image_ids])
+
+
+def _stamp(sample: Sample) -> list:
+    return json.loads(json.dumps(sample.source.stamp()))
+
+
+def _begin(segmenter: Segmenter, sample: Sample) -> Callable[[], Instances | str]:
+    try:
+        return segmenter.begin(sample.image)
+    except DataError as error:
+        return partial(str, error)
+
+
+def _slide(segmenter: Segmenter, sample: Sample, canvas: np.ndarray) -> Instances | str:
+    try:
+        return segment_slide(segmenter, sample, canvas)
+    except DataError as error:
+        return str(error)
 
 
 def segment_slide(segmenter: Segmenter, sample: Sample, canvas: np.ndarray) -> Instances:
@@ -92,7 +165,7 @@ def segment_slide(segmenter: Segmenter, sample: Sample, canvas: np.ndarray) -> I
     places = places_of(sample.shape, block, overlap)
     done: list[tuple[int, int]] = []
     with task(f"blocks of {sample.id}", len(places)) as progress:
-        begun = _begun(segmenter, _reader(sample), sample.shape, block, places, done, progress)
+        begun = _begun(segmenter, reader(sample), sample.shape, block, places, done, progress)
         finished = run_ahead(begun, workers_for(segmenter, len(places)))
         return merge_tiles(((*done.pop(0), found) for found in finished), sample.shape, canvas)
 
@@ -112,13 +185,6 @@ def _begun(
             done.append((row, col))
             yield segmenter.begin(pixels)
         progress.update(i + 1)
-
-
-def _reader(sample: Sample) -> Callable[[int, int, int, int], np.ndarray]:
-    if sample.source.by_region:
-        return sample.region
-    image = sample.image  # decoded once, and not again for every block
-    return lambda row, col, height, width: image[row : row + height, col : col + width].copy()
 
 
 def shows_something(block: np.ndarray) -> bool:

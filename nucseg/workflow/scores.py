@@ -14,7 +14,9 @@ from nucseg.workflow.base import WorkflowError
 
 
 def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
-    """Compare label maps of two folders by file name, one line of metrics per image and a last line with the mean.
+    """Compare label maps of two folders, one line of metrics per image and a last line with the mean.
+
+    Files belong together by their path below the folders, whatever their suffix.
 
     Raises
     ------
@@ -49,11 +51,15 @@ def _warn_of_a_mask(path: Path, labels: np.ndarray) -> None:
 
 
 def _label_files(folder: str | Path) -> dict[str, Path]:
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise WorkflowError(f"{folder}: no such folder; give one with label maps")
     folder = folder / "labels" if (folder / "labels").is_dir() else folder
-    files = {p.stem: p for p in sorted(folder.glob("*")) if p.suffix.lower() in {".png", ".tif", ".tiff", ".npy"}}
+    files = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in {".png", ".tif", ".tiff", ".npy"} and not path.name.startswith(".")
+    }
     if not files:
         raise WorkflowError(f"no label maps (.png, .tif, .npy) in {folder}")
     return files

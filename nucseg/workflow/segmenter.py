@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from nucseg import models
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import from_mapping, to_plain
-from nucseg.data import Sample, load_dataset
+from nucseg.data import Sample
 from nucseg.files import whole, write_text
 from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import Segmenter
@@ -27,7 +27,15 @@ from nucseg.selection.content import shows_tissue
 from nucseg.stages import MODEL_CODE
 from nucseg.store import code_version
 from nucseg.training import TrainingConfig, TrainingResult, train
-from nucseg.workflow.base import MODEL_FILE, WorkflowError, pick_device, read_json
+from nucseg.workflow.base import (
+    MODEL_FILE,
+    WorkflowError,
+    new_folder,
+    open_images,
+    pick_device,
+    read_json,
+    reader,
+)
 
 UNLABELLED_PIXELS = 64_000_000  # of all images without outlines: half a gigabyte with their place for labels
 TISSUE = 0.5  # least share of tissue in a window of a large image, as far as one is found
@@ -67,13 +75,17 @@ def train_folder(
     Raises
     ------
     WorkflowError
-        Without any nucleus to learn from, or where no mean teacher can teach the segmenter.
+        Where `out` holds a model already, without any nucleus to learn from, or where no mean teacher can teach the
+        segmenter.
     """
     if unlabelled and not models.teachable(segmenter):
         can = ", ".join(name for name in models.REGISTRY if models.teachable(name))
         raise WorkflowError(f"{segmenter} cannot learn from images without outlines, only {can} can")
-    data = load_dataset(str(dataset))
-    others = list(load_dataset(str(unlabelled)).samples) if unlabelled else []
+    out = Path(out).expanduser()
+    if (out / MODEL_FILE).exists():
+        raise WorkflowError(f"{out} holds a model already; name another folder, or remove this one first")
+    data = open_images(dataset)
+    others = list(open_images(unlabelled).samples) if unlabelled else []
     pairs = [(sample.image, sample.labels) for sample in data.train if sample.labels is not None]
     without = [sample.id for sample in data.train if not sample.labelled]
     if pairs and without:
@@ -85,7 +97,7 @@ def train_folder(
     if not any(labels.any() for _, labels in pairs):
         raise WorkflowError(f"{dataset}: no label map holds a nucleus, so there is nothing to learn")
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
-    schedule, where, out = profile.training_of(segmenter), pick_device(device), Path(out)
+    schedule, where = profile.training_of(segmenter), pick_device(device)
     record = {
         "segmenter": segmenter,
         "encoder": encoder,
@@ -97,7 +109,8 @@ def train_folder(
         else None,
         "seed": seed,
     }
-    out.mkdir(parents=True, exist_ok=True)
+    new_folder(out)
+    views = unlabelled_views(others, UNLABELLED_PIXELS, seed)  # a damaged image is noticed before the first training
     begun = _Begun(out, [record, to_plain(profile.augment), where.type, *(_stamp(sample) for sample in others)])
     torch.manual_seed(seed)
     model = models.build(segmenter, encoder, config, profile.weights.get(models.encoder_of(segmenter, encoder)))
@@ -125,7 +138,7 @@ def train_folder(
         if not begun.restore(model):
             learn(title, schedule, seed, "labelled")
             begun.keep(model)
-        views = [model.prepare(view) for view in unlabelled_views(others, UNLABELLED_PIXELS, seed)]
+        views = [model.prepare(view) for view in views]
         teacher = MeanTeacher(views, profile.pseudo.teacher, schedule.batch, schedule.crop, profile.augment, where)
         title = f"learning from {len(others)} images without outlines"
         longer = replace(schedule, ema=profile.pseudo.teacher.decay)
@@ -190,6 +203,8 @@ def unlabelled_views(samples: Sequence[Sample], pixels: int, seed: int = 0, side
     list of array
         (H, W, 3) uint8 each.
     """
+    if not samples:
+        return []
     areas = np.array([sample.shape[0] * sample.shape[1] for sample in samples], dtype=float)
     if areas.sum() <= pixels:
         return [sample.image for sample in samples]
@@ -197,10 +212,11 @@ def unlabelled_views(samples: Sequence[Sample], pixels: int, seed: int = 0, side
     views = []
     for sample, area in zip(samples, areas, strict=True):
         height, width = (min(side, length) for length in sample.shape)
+        read = reader(sample)
         for _ in range(max(1, round(pixels * area / areas.sum() / (height * width)))):
             for _ in range(10):
                 row, col = (int(rng.integers(a - b + 1)) for a, b in zip(sample.shape, (height, width), strict=True))
-                view = sample.region(row, col, height, width)
+                view = read(row, col, height, width)
                 if shows_tissue(view).mean() >= TISSUE:
                     break
             views.append(view)
@@ -209,10 +225,13 @@ def unlabelled_views(samples: Sequence[Sample], pixels: int, seed: int = 0, side
 
 def load_model(folder: str | Path, device: str = "") -> Segmenter:
     """Read a segmenter that `train_folder` wrote."""
-    record = read_json(Path(folder) / MODEL_FILE, "run 'nucseg train' first")
+    folder = Path(folder).expanduser()
+    record = read_json(folder / MODEL_FILE, "run 'nucseg train' first", ("segmenter", "encoder", "config"))
     config = from_mapping(models.config_class(record["segmenter"]), record["config"], f"{folder}: config")
     model = models.build(record["segmenter"], encoder=record["encoder"], config=config, pretrained=False)
-    path = Path(folder) / "model.safetensors"
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise WorkflowError(f"no {path}, the weights that belong to {MODEL_FILE}: put them back, or train again")
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
