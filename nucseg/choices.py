@@ -177,5 +177,5 @@ def write(run: Pipeline) -> tuple[Path, ...]:
         shown[f"{title}: {line['strategy']}, AJI {line['AJI']:.3f}"] = [image for image, _ in run.annotated(experiment)]
     picture = run.figure_path("choices")
     drawn = figure_choices(frame, correlations(frame), MEASURES, shown)
-    figures.save(drawn, picture, run.signature(), sorted(set(frame["run_id"]))[:1], colours=128)
+    figures.save(drawn, picture, run.signature(), sorted(set(frame["run_id"]))[:1])
     return folder / f"choices_{name}.csv", folder / f"choices_{name}.md", picture
