@@ -69,7 +69,7 @@ def test_the_figure_shows_the_strongest_correlations_and_every_patch():
     figure = figure_choices(frame, choices.correlations(frame), choices.MEASURES, shown)
     top, best, worst = figure.subfigs
     assert [sum(bool(axis.images) for axis in row.axes) for row in (best, worst)] == [3, 2]
-    assert top.axes[0].get_xlabel() == "median area of a nucleus,\npx²"
+    assert top.axes[0].get_xlabel() == "median area of a nucleus, px²"
     assert top.axes[0].get_title().endswith("within strategies +1.00")
     figure.canvas.draw()
 

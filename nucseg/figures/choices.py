@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ def figure_choices(
         rho = correlations.set_index("measure").loc[name]
         signed = [f"{rho[column]:+.2f}".replace("-", "−") for column in ("rho", "rho within")]
         axis.set_title(f"ρ {signed[0]}, within strategies {signed[1]}", fontsize=8)
-        axis.set_xlabel(words[name].replace(", ", ",\n", 1).replace(": ", ":\n", 1), fontsize=8)
+        axis.set_xlabel(textwrap.fill(words[name], 36), fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test AJI of what learnt from them", fontsize=8)
