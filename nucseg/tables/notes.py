@@ -81,8 +81,8 @@ def notes(
         found.insert(0, f"SYNTHETIC DATA. {SYNTHETIC_NOTE} These numbers say nothing about histology.")
     found.append(
         "Ours: the mean over all test images for each seed, then mean ± standard deviation over seeds; models of the "
-        "last pseudo-labelling round ('best round': of the highest validation AJI). AJI is the official one, beside "
-        "it AJI+, PQ and F1."
+        "last pseudo-labelling round ('best round': of the highest validation AJI, the training before any round among "
+        "them). AJI is the official one, beside it AJI+, PQ and F1."
     )
     found += _trainings(used, runs)
     found += _comparisons(table, dataset, source, measured)
