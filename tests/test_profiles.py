@@ -16,6 +16,7 @@ PROFILES = [
         "full-cpu",
         "full-cpu-stain",
         "full-cpu-tuned",
+        "full-cpu-views",
         "h100",
         "h100-first",
         "h100-hoverlite",
