@@ -60,7 +60,12 @@ def summary() -> pd.DataFrame:
                         arms.setdefault(one.planned, []).append(one)
             made = [_line(name, dataset, same, took, settings) for same in arms.values()]
             shown = [set(one.lines["run_id"]) for one, *_ in arms.values()]
-            lines += made + _beyond(name, dataset, of_dataset, runs, took, shown)
+            more, known = _beyond(name, dataset, of_dataset, runs, took, shown), {line["arm"] for line in made}
+            # Tables I to VI may show some seeds of an arm, and S and B all that were run.
+            more = [
+                line | {"arm": f"{line['arm']}, all seeds" if line["arm"] in known else line["arm"]} for line in more
+            ]
+            lines += made + more
     return pd.DataFrame(lines)
 
 
