@@ -61,10 +61,9 @@ def summary() -> pd.DataFrame:
             made = [_line(name, dataset, same, took, settings) for same in arms.values()]
             shown = [set(one.lines["run_id"]) for one, *_ in arms.values()]
             more, known = _beyond(name, dataset, of_dataset, runs, took, shown), {line["arm"] for line in made}
-            # Tables I to VI may show some seeds of an arm, and S and B all that were run.
-            more = [
-                line | {"arm": f"{line['arm']}, all seeds" if line["arm"] in known else line["arm"]} for line in more
-            ]
+            for line in more:  # Tables I to VI may show some seeds of an arm, and S and B all that were run
+                if line["arm"] in known:
+                    line["arm"] = " (all seeds), ".join(line["arm"].rsplit(", ", 1))
             lines += made + more
     return pd.DataFrame(lines)
 
