@@ -77,13 +77,10 @@ def predict_folder(
     small = [sample for sample in todo if _area(sample) <= large]
     # On a GPU the network goes on with the next image while processes separate this one's nuclei.
     found = run_ahead((_begin(segmenter, sample) for sample in small), workers_for(segmenter, len(small)))
-    with task("segmenting", len(todo)) as progress, tempfile.TemporaryDirectory(prefix=".nucseg.", dir=out) as place:
+    with task("segmenting", len(todo)) as progress:
         for i, sample in enumerate(todo):
-            stem, canvas = names[sample.id], Path(place) / str(i)
-            if _area(sample) <= large:
-                result = next(found)
-            else:
-                result = _slide(segmenter, sample, np.memmap(canvas, np.int32, "w+", shape=sample.shape))
+            stem = names[sample.id]
+            result = next(found) if _area(sample) <= large else _slide(segmenter, sample, out)
             if isinstance(result, str):
                 failed.append(result)
             else:
@@ -91,7 +88,7 @@ def predict_folder(
                 annotations.write_geojson(out / "geojson" / f"{stem}.geojson", result.labels, scores=result.scores)
                 done.add(sample, result.scores)
             progress.update(i + 1, stem)
-            canvas.unlink(missing_ok=True)
+            del result  # a slide's label map leaves the disk before the next one needs the room
     if failed:
         raise WorkflowError(f"{len(failed)} of {len(samples)} images could not be read:\n" + "\n".join(failed))
     return done.table([sample.id for sample in samples])
@@ -139,11 +136,13 @@ def _begin(segmenter: Segmenter, sample: Sample) -> Callable[[], Instances | str
         return partial(str, error)
 
 
-def _slide(segmenter: Segmenter, sample: Sample, canvas: np.ndarray) -> Instances | str:
-    try:
-        return segment_slide(segmenter, sample, canvas)
-    except DataError as error:
-        return str(error)
+def _slide(segmenter: Segmenter, sample: Sample, folder: Path) -> Instances | str:
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: gone with the process, even a killed one
+        canvas = np.memmap(file, np.int32, "w+", shape=sample.shape)
+        try:
+            return segment_slide(segmenter, sample, canvas)
+        except DataError as error:
+            return str(error)
 
 
 def segment_slide(segmenter: Segmenter, sample: Sample, canvas: np.ndarray) -> Instances:
