@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 ProfileOption = Annotated[
-    str, typer.Option(help="sample, h100, paper or another that comes along, or a YAML file's path.")
+    str, typer.Option(help="sample, h100, paper or another of docs/profiles.md, or a YAML file's path.")
 ]
 DatasetOption = Annotated[str, typer.Option(help="tissue, kumar, tnbc, monuseg or a folder; empty: the profile's own.")]
 RootOption = Annotated[str, typer.Option(help="Where the data lie; empty: the environment variable NUCSEG_DATA.")]

@@ -15,12 +15,20 @@ def select(
     images: Annotated[Path, typer.Argument(help="A folder of images; no labels needed.")],
     out: OutOption,
     k1: Annotated[int, typer.Option("--k1", "-k", help="How many patches to outline.")] = 9,
-    strategy: Annotated[str, typer.Option(help=STRATEGY_HELP)] = "cps",
-    size: Annotated[int, typer.Option(help="Side of a patch in pixels; 0: the profile's.")] = 0,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help=f"{STRATEGY_HELP} The paper's is cps; in our comparisons kmeans and k-center did better on dense tissue."
+        ),
+    ] = "cps",
+    size: Annotated[int, typer.Option(help="Side of a patch in pixels, 256 as in the paper; 0: the profile's.")] = 256,
     step: Annotated[int, typer.Option(help="Sliding step in pixels; 0: a quarter of the side.")] = 0,
-    tissue: Annotated[float, typer.Option(help="Least share of tissue in a patch; 0 looks at bare glass too.")] = 0.5,
+    tissue: Annotated[
+        float, typer.Option(help="Leave out windows with less than this share of tissue; 0 keeps bare glass.")
+    ] = 0.5,
     nuclei: Annotated[
-        float, typer.Option(help="Share of the windows to leave out, those with least nuclei by their colour.")
+        float,
+        typer.Option(help="Leave out this share of the windows, those with the least haematoxylin; 0.5 drops half."),
     ] = 0.0,
     encoder: Annotated[str, typer.Option(help="Pretrained encoder; empty: the profile's.")] = "",
     profile: ProfileOption = "sample",
@@ -114,7 +122,7 @@ def predict(
 
 @app.command()
 def evaluate(
-    truth: Annotated[Path, typer.Argument(help="A folder of true label maps.")],
+    truth: Annotated[Path, typer.Argument(help="A folder of true label maps, or one with labels/ in it.")],
     predicted: Annotated[Path, typer.Argument(help="A folder of predicted ones, by the same names.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = None,
 ) -> None:
@@ -131,14 +139,17 @@ def evaluate(
 @app.command()
 def fetch(
     dataset: Annotated[str, typer.Argument(help="tnbc, kumar or monuseg.")],
-    data_root: Annotated[Path, typer.Option(help="Folder to put it in.")] = Path("data"),
+    data_root: Annotated[
+        str, typer.Option(help="Folder to put it in; empty: the environment variable NUCSEG_DATA, else data here.")
+    ] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Accept the licence without being asked.")] = False,
 ) -> None:
     """Download a public dataset, or say step by step how to get it."""
+    from nucseg.data import data_root as folder_of
     from nucseg.data.fetch import fetch_dataset
 
     def ask(licence: str) -> bool:
         typer.echo(licence)
         return yes or typer.confirm("Do you accept this licence?")
 
-    typer.echo(fetch_dataset(dataset, data_root, accept_licence=ask))
+    typer.echo(fetch_dataset(dataset, folder_of(data_root), accept_licence=ask))

@@ -90,6 +90,7 @@ def _beyond(
                 "arm": f"{arm_in_words(key, 'naive', rounds, taught.get(of_arm[0], ''))}{budget}, {segmenter}",
                 "labelled pixels": arm["ours label share"],
                 "seeds": arm["seeds"],
+                "first seed": int(results.loc[results["run_id"].isin(of_arm), "seed"].min()),
                 "AJI": arm["ours AJI"],
                 "AJI sd": arm["ours AJI sd"],
                 "paper's row": "",
@@ -129,6 +130,7 @@ def _line(
         "arm": f"{words}{_budget(e, settings)}, {e.segmenter}",
         "labelled pixels": first.mean("label_share")[0],
         "seeds": len(first.found),
+        "first seed": min(e.seed for e in first.found),
         "AJI": aji,
         "AJI sd": spread,
         "paper's row": "" if first.teacher else (printed or first.row).id,
@@ -231,14 +233,15 @@ def _printed_cell(one: pd.Series, segmenter: str) -> str:
 def markdown(frame: pd.DataFrame) -> str:
     """Return the summary in Markdown: the arms with several seeds, and after them those with one."""
     several = frame["seeds"] > 1
-    parts = [f"## Several seeds\n\n{_table(frame[several])}"] * bool(several.any())
-    parts += [f"## One seed\n\n{_table(frame[~several])}"] * bool((~several).any())
+    parts = [f"## Several seeds\n\n{_table(frame[several], 'seeds')}"] * bool(several.any())
+    parts += [f"## One seed\n\n{_table(frame[~several], 'first seed')}"] * bool((~several).any())
     return "\n\n".join(parts)
 
 
-def _table(frame: pd.DataFrame) -> str:
-    """Return lines of the summary as a Markdown table; what repeats the line above is left empty."""
-    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * 3}{'---:|' * 3}---|{'---:|' * 4}---|"]
+def _table(frame: pd.DataFrame, seeds: str) -> str:
+    """Return lines of the summary as a Markdown table, with this column of seeds; what repeats the line above is empty."""
+    header = ["seed" if name == "seeds" != seeds else name for name in HEADER]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * 3}{'---:|' * 3}---|{'---:|' * 4}---|"]
     above = ("", "")
     for _, one in frame.iterrows():
         here = (f"`{one['profile']}`", DATASET_NAMES.get(one["dataset"], "built-in tissue"))
@@ -246,7 +249,7 @@ def _table(frame: pd.DataFrame) -> str:
             *("" if here == above or (i == 0 and here[0] == above[0]) else text for i, text in enumerate(here)),
             one["arm"],
             f"{one['labelled pixels']:.1%}",
-            str(one["seeds"]),
+            str(one[seeds]),
             _with_spread(one),
             one["paper's row"],
             _printed_cell(one, one["arm"].rsplit(", ", 1)[1]),
