@@ -17,9 +17,7 @@ def select(
     k1: Annotated[int, typer.Option("--k1", "-k", help="How many patches to outline.")] = 9,
     strategy: Annotated[
         str,
-        typer.Option(
-            help=f"{STRATEGY_HELP} The paper's is cps; in our comparisons kmeans and k-center did better on dense tissue."
-        ),
+        typer.Option(help=f"{STRATEGY_HELP} cps is the paper's; on dense tissue kmeans and k-center did better here."),
     ] = "cps",
     size: Annotated[int, typer.Option(help="Side of a patch in pixels, 256 as in the paper; 0: the profile's.")] = 256,
     step: Annotated[int, typer.Option(help="Sliding step in pixels; 0: a quarter of the side.")] = 0,

@@ -239,7 +239,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def _table(frame: pd.DataFrame, seeds: str) -> str:
-    """Return lines of the summary as a Markdown table, with this column of seeds; what repeats the line above is empty."""
+    """Return lines as a Markdown table, with this column of seeds; what repeats the line above is left empty."""
     header = ["seed" if name == "seeds" != seeds else name for name in HEADER]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * 3}{'---:|' * 3}---|{'---:|' * 4}---|"]
     above = ("", "")
