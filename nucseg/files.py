@@ -20,13 +20,14 @@ def whole(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.part")
     try:
         yield part
-        part.chmod(0o666 & ~_umask())  # some writers keep their files to themselves
+        part.chmod(0o666 & ~umask())  # some writers keep their files to themselves
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return the permissions that the user takes from new files."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

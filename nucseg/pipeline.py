@@ -31,7 +31,7 @@ class Pipeline(Stages):
         nucseg.data.MissingData
             Before anything is made, if there are no training or no test images with labels.
         """
-        self.dataset.measurable("train"), self.dataset.measurable("test")
+        self.dataset.require("train", "test")
         if experiment.supervision == "full":
             share, outlined = 1.0, [(sample.id, sample.labels) for sample in self.dataset.train]
         else:

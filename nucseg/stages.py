@@ -38,7 +38,6 @@ from nucseg.store import Result, Store, beside, home
 from nucseg.training import train
 
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
-KINDS = ("image", "labels")  # of the arrays of a pair in a file
 
 # The modules whose code makes each stage's result; a test sees to it that all they import is named too.
 KERNEL_CODE = ("nucseg.norm_act", "nucseg.recording", "nucseg.kernels")
@@ -404,9 +403,10 @@ class Stages:
             predict = self.model(experiment, after - 1).predict_instances
             with task(f"pseudo labels, round {after}"):
                 made = pseudo_pairs(predict, images, annotated, config, experiment.seed + after)
-            # One array each: of images smaller than a crop they differ in size. int32, since pixels may be unknown.
-            arrays = {f"{kind}{i}": a for i, pair in enumerate(made.pairs) for kind, a in zip(KINDS, pair, strict=True)}
-            np.savez_compressed(folder / "pairs.npz", **arrays)
+            # One array each: of images smaller than a crop they differ in size. The pixels are cut out again when read:
+            # compressing 600 crops takes longer than segmenting the images.
+            arrays = {f"labels{i}": labels for i, (_, labels) in enumerate(made.pairs)}
+            np.savez_compressed(folder / "crops.npz", positions=np.array(made.positions), **arrays)
             return {"kept": made.kept, "dropped": made.dropped}
 
         inputs = [self.trained(experiment, after - 1).key]
@@ -415,8 +415,13 @@ class Stages:
 
     def pseudo(self, experiment: Experiment, after: int) -> list[Pair]:
         """Return the pseudo-labelled crops of round `after`, which take the place of those of the round before."""
-        with np.load(self.pseudo_labelled(experiment, after).path / "pairs.npz", allow_pickle=False) as arrays:
-            return [tuple(arrays[f"{kind}{i}"] for kind in KINDS) for i in range(len(arrays) // 2)]
+        images, pairs = [sample.image for sample in self.dataset.train], []
+        with np.load(self.pseudo_labelled(experiment, after).path / "crops.npz", allow_pickle=False) as arrays:
+            for i, (number, row, col) in enumerate(arrays["positions"]):
+                labels = arrays[f"labels{i}"]
+                height, width = labels.shape
+                pairs.append((images[number][row : row + height, col : col + width], labels))
+        return pairs
 
     # -- numbers -----------------------------------------------------------------------------------------------
 

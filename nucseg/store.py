@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from nucseg.config import to_plain
-from nucseg.files import write_text
+from nucseg.files import umask, write_text
 
 
 def home() -> Path:
@@ -156,7 +157,7 @@ class Store:
             if found := self._taken(place):
                 return found
             self.check_time(stage)
-            part = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".part", dir=place.parent))
+            part = _part_of(place)
             try:
                 started = time.time()
                 more = make(part) or {}
@@ -182,7 +183,7 @@ class Store:
 
     def _read(self, place: Path) -> Result | None:
         try:
-            return Result(place, place.name, json.loads((place / "meta.json").read_text()))
+            return Result(place, place.name, json.loads((place / "meta.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
 
@@ -195,7 +196,7 @@ class Store:
         """Put it here too, as links to its files where the disk can: nobody ever changes them."""
         if not (found := self._elsewhere(place)):
             return None
-        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent))
+        part = _part_of(place)
         try:
             shutil.copytree(found.path, part, copy_function=_link, dirs_exist_ok=True)
             os.replace(part, place)
@@ -209,7 +210,14 @@ class Store:
         """Yield every finished result of a stage."""
         for meta in sorted((self.root / stage).glob("*/meta.json")):
             if not meta.parent.name.startswith("."):
-                yield Result(meta.parent, meta.parent.name, json.loads(meta.read_text()))
+                yield Result(meta.parent, meta.parent.name, json.loads(meta.read_text(encoding="utf-8")))
+
+
+def _part_of(place: Path) -> Path:
+    """Make a folder beside a result's place; others may read it, as they may the results of a shared folder."""
+    part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent))
+    part.chmod(0o777 & ~umask())
+    return part
 
 
 def _remove(path: Path) -> None:
@@ -273,11 +281,14 @@ def holder(path: Path) -> str | None:
     return None
 
 
+_SHOW_EMPTY = {"show_empty": True} if sys.version_info >= (3, 13) else {}  # before, empty lists were always shown
+
+
 @functools.cache
 def code_version(*modules: str) -> str:
     """Return a hash of the modules' code, the same when only comments, docstrings or layout change.
 
-    A package stands for all modules inside it. Nothing is imported.
+    A package stands for all modules inside it. Nothing is imported. Every version of Python gives the same.
     """
     digest = hashlib.sha256()
     for name in modules:
@@ -287,12 +298,14 @@ def code_version(*modules: str) -> str:
         origin = Path(spec.origin)
         files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
         for file in files:
-            tree = ast.parse(file.read_text())
+            tree = ast.parse(file.read_text(encoding="utf-8"))
             for node in ast.walk(tree):
+                if not getattr(node, "type_params", True):  # since 3.12 everything could have some
+                    del node.type_params
                 body = getattr(node, "body", None)
                 if isinstance(body, list) and body and _is_docstring(body[0]):
                     del body[0]
-            digest.update(ast.dump(tree).encode())
+            digest.update(ast.dump(tree, **_SHOW_EMPTY).encode())
     return digest.hexdigest()[:12]
 
 

@@ -383,8 +383,9 @@ def test_the_gradient_of_a_crop_is_a_frame_of_zeros_in_the_same_layout():
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_groups_are_one_convolution_with_zeros_between_them():
-    grouped = _Grouped(8, 6, 3, groups=2, bias=False).double()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_groups_are_one_convolution_with_zeros_between_them(layout):
+    grouped = _Grouped(8, 6, 3, groups=2, bias=False).double().to(memory_format=layout)
     x = torch.randn(2, 8, 6, 7, dtype=torch.float64, requires_grad=True)
     by = (x, grouped.weight)
     outs = grouped(x), torch.nn.functional.conv2d(x, grouped.dense_weight())

@@ -140,6 +140,22 @@ def test_code_version_ignores_comments_and_docstrings_only(tmp_path, monkeypatch
         code_version("no_such_module")
 
 
+def test_code_version_is_the_same_under_every_version_of_python(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "frozen_module.py").write_text("class A:\n    def f(self, *, x=()):\n        return [x]\n\nimport os\n")
+    assert code_version("frozen_module") == "39f126676d68"
+
+
+def test_a_result_can_be_read_by_whoever_may_read_the_users_files(tmp_path):
+    before = os.umask(0o022)
+    try:
+        made = Store(tmp_path / "a", others=tmp_path).get("s", {}, make_text("x"))
+        taken = Store(tmp_path / "b", others=tmp_path).get("s", {}, fail)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (made.path, taken.path)] == [0o755, 0o755]
+
+
 def test_home_is_the_checkout_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.setenv("NUCSEG_HOME", str(tmp_path))
     assert home() == tmp_path.resolve()

@@ -191,4 +191,4 @@ def _require_data(dataset: str, root: str) -> None:
     from nucseg.data import load_dataset
 
     found = load_dataset(dataset, root or None)
-    found.measurable("train"), found.measurable("test")
+    found.require("train", "test")

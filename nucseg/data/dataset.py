@@ -164,6 +164,11 @@ class Dataset:
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {name: samples for name, samples in named.items() if samples}
 
+    def require(self, *splits: str) -> None:
+        """Raise what `measurable` raises if an experiment could not use one of these splits."""
+        for split in splits:
+            self.measurable(split)
+
     def measurable(self, split: str) -> Sequence[Sample]:
         """Return the ``"train"``, ``"val"`` or ``"test"`` images, all with labels: what an experiment needs.
 

@@ -239,7 +239,8 @@ class _Grouped(nn.Conv2d):
         o, i, *kernel = self.weight.shape
         g = self.groups
         apart = torch.eye(g, device=self.weight.device, dtype=self.weight.dtype).view(g, 1, g, 1, 1, 1)
-        return (self.weight.view(g, o // g, 1, i, *kernel) * apart).view(o, g * i, *kernel)
+        # Of a weight in channels-last no view has these axes side by side.
+        return (self.weight.reshape(g, o // g, 1, i, *kernel) * apart).reshape(o, g * i, *kernel)
 
 
 class _Branch(nn.Module):

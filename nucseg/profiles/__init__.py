@@ -3,7 +3,7 @@
 `sample` is the built-in tissue on a CPU in minutes, `h100` the real sets on one GPU, `paper` the paper's own schedules.
 A profile names only what differs from the defaults of the stages. Those are the paper's where it prints a number
 (patches, K2, CSinGAN's weights), else ours; how long and how fast a segmenter learns each profile says itself. One that
-begins with ``extends: NAME`` names only what differs from that profile.
+begins with ``extends: NAME`` names only what differs from that profile; there ``{}`` empties what has names of its own.
 """
 
 from __future__ import annotations
@@ -103,9 +103,15 @@ class Profile:
     minutes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.grid.full_rounds and self.pseudo.method != "mean-teacher":
+        if not self.grid.full_rounds:
+            return
+        if self.pseudo.method != "mean-teacher":
             raise ValueError(
                 "full_rounds: where every pixel is labelled only `pseudo: {method: mean-teacher}` adds a round"
+            )
+        if not models.teachable(name := self.grid.substitutes.get("maskrcnn", "maskrcnn")):
+            raise ValueError(
+                f"full_rounds: no mean teacher can teach {name}; set grid.substitutes to {{maskrcnn: hoverlite}}"
             )
 
     def synthesiser(self, name: str) -> Any:
@@ -194,7 +200,9 @@ def _read(path: Path, where: str) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    """Change a mapping by another one, name by name and all the way down; an empty one leaves nothing of the first."""
+    deeper = [k for k, v in changes.items() if v and isinstance(v, dict) and isinstance(base.get(k), dict)]
+    both = {k: _merged(base[k], changes[k]) for k in deeper}
     return {**base, **changes, **both}
 
 

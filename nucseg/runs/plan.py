@@ -126,7 +126,7 @@ class Plan:
             If training or test images, or their labels, are not at hand: before the first minute is spent.
         """
         backends.check(backend, address, jobs)
-        self.pipeline.dataset.measurable("train"), self.pipeline.dataset.measurable("test")
+        self.pipeline.dataset.require("train", "test")
         stop = time.time() + 60 * minutes if minutes else math.inf
         wanted = {"missing", *["failed"] * retry, *["done"] * again}
         todo = [e for e, state in self.states().items() if state in wanted]
