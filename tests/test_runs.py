@@ -102,14 +102,6 @@ def test_a_rerun_that_fails_says_so_and_leaves_the_older_results(no_op, monkeypa
     assert "why it failed" in plan.describe()
 
 
-def test_the_columns_of_figure_7_are_the_runs_that_there_are_whatever_row_asked_for_them(place):
-    columns = Plan("sample", device="cpu").systems()
-    shown = {name: e for name, e in columns.items() if e is not None}
-    assert shown["MRCNN\n[hoverlite]"] == shown["HoVer-Net\n[hoverlite]"]  # one run: both have hoverlite in their place
-    assert shown["MRCNN + Ours"].segmenter == "maskrcnn"
-    assert columns["pix2pix + MRCNN\n[hoverlite]"] is None
-
-
 # -- results do not depend on how they were run ----------------------------------------------------------------
 
 

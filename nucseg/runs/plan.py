@@ -17,15 +17,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
-from nucseg import beyond, metrics
-from nucseg.experiments import Experiment, experiments_of
-from nucseg.figures.segmentation import Row
+from nucseg import beyond
+from nucseg.experiments import Experiment
 from nucseg.files import write_text
-from nucseg.paper import FIGURE_7, TABLES, row
+from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
 from nucseg.profiles import absolute_arguments
 from nucseg.progress import task
@@ -172,44 +170,6 @@ class Plan:
             )
         finally:
             token.unlink(missing_ok=True)
-
-    def systems(self) -> dict[str, Experiment | None]:
-        """Return the columns of Fig. 7 with their experiments, None for those that no row of this profile runs.
-
-        A column whose segmenter the profile replaces says so. Of several seeds the first is shown.
-        """
-        settings, dataset = self.pipeline.profile.grid, self.pipeline.dataset.name
-        columns: dict[str, Experiment | None] = {}
-        for name, row_id in FIGURE_7.items():
-            shown = row(row_id)
-            experiment = experiments_of(shown, dataset, settings)[0]
-            replaced = experiment.segmenter != shown.spec.segmenter
-            title = f"{name}\n[{experiment.segmenter}]" if replaced else name
-            columns[title] = experiment if experiment in self.experiments else None
-        return columns
-
-    def showcase(self, size: int = 256) -> tuple[list[Row], dict[str, list[float]]]:
-        """Return what Fig. 7 shows: a crop of the worst and of the best test image, and each system's AJI on the image.
-
-        Worst and best are by the mean AJI of all systems that were run. The crop, at most `size` pixels, is central.
-        """
-        test = self.pipeline.dataset.test
-        predicted = {
-            name: self.pipeline.predictions(e, e.rounds) for name, e in self.systems().items() if e is not None
-        }
-        aji = {name: [metrics.aji(s.labels, maps[s.id]) for s in test] for name, maps in predicted.items()}
-        once = {e: aji[name] for name, e in self.systems().items() if e is not None}  # a run may fill two columns
-        mean = np.mean(list(once.values()), axis=0)
-        rows, scores = [], {name: [] for name in aji}
-        for title, index in (("worst", int(mean.argmin())), ("best", int(mean.argmax()))):
-            sample = test[index]
-            side = [min(size, length) for length in sample.shape]
-            cut = tuple(slice((h - s) // 2, (h - s) // 2 + s) for h, s in zip(sample.shape, side, strict=True))
-            maps = {name: maps[sample.id][cut] for name, maps in predicted.items()}
-            rows.append(Row(sample.image[cut], sample.labels[cut], maps, f"{title}: {sample.organ}\n{sample.id[:20]}"))
-            for name, values in aji.items():
-                scores[name].append(values[index])
-        return rows, scores
 
     def to_go(self) -> ToGo:
         """Return the trainings, selections and syntheses that no process has made yet."""
