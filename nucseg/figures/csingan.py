@@ -63,7 +63,7 @@ def figure5(
     _losses(left, joined, ends, {_CRITICS[terms[k].removeprefix("distance_")]: k for k in distances})
     left.set_title("E[D(x)] - E[D(y)] of each critic", fontsize=8)
     _losses(right, joined, ends, {"L_REC": list(terms).index("reconstruction")})
-    right.set_title("$L_{REC}$: reconstruction of the real pair, $|y - x|^2$", fontsize=8)
+    right.set_title("$L_{REC}$: reconstruction of the real pair, $|y^{rec} - x|^2$", fontsize=8)
     return figure
 
 
@@ -116,4 +116,5 @@ def _losses(axis: Axes, losses: np.ndarray, ends: np.ndarray, lines: Mapping[str
     axis.set_xlabel("step (dotted: next scale)", fontsize=8)
     axis.tick_params(labelsize=7)
     if len(lines) > 1:
-        axis.legend(fontsize=7, frameon=False, loc="best")
+        axis.set_ymargin(0.25)  # room for the legend above the curves
+        axis.legend(fontsize=7, frameon=False, loc="upper left", ncols=len(lines))

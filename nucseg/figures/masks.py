@@ -113,7 +113,7 @@ def figure_realism(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
                 axis.ecdf(values, color=colour, linewidth=1.6 if kind == real else 1.1, label=kind)
         far = [f"{kind} {distance:.3g}" for kind in others
                if np.isfinite(distance := realism(kinds[real], kinds[kind])[name])]  # fmt: skip
-        axis.set_title("distance: " + ", ".join(far), fontsize=7)
+        axis.set_title("distance of\n" + ", ".join(far), fontsize=7)
         axis.set_xlabel(_UNITS[name], fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
@@ -129,7 +129,7 @@ def _show(axis: Axes, picture: np.ndarray, title: str) -> None:
 
 
 def _summary(labels: np.ndarray) -> str:
-    return f"{np.unique(labels[labels > 0]).size} nuclei, {(labels > 0).mean():.0%}"
+    return f"{np.unique(labels[labels > 0]).size} nuclei cover {(labels > 0).mean():.0%}"
 
 
 def _draw_steps(axes: Sequence[Axes], steps: SynthesisSteps) -> None:
