@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nucseg import gan, metrics, models
+from nucseg.augment import AugmentConfig
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
@@ -287,56 +288,17 @@ class Stages:
         With a mean teacher each round is a training that goes on from the model of the round before, on the annotated
         pairs and, beside them, on the training images without labels.
         """
-        name = experiment.segmenter
-        training = self.profile.training_of(name)
-        augment = None if experiment.augmentation == "none" else self.profile.augment
-        pseudo = self.pseudo_config(experiment)
-        taught = after > 0 and pseudo.method == "mean-teacher"
+        taught = self._taught(experiment, after)
+        what, inputs = self._model_key(experiment, after)
+        code = TEACHER_CODE if taught else MODEL_CODE
+        return self.store.get("model", what, lambda folder: self._train(experiment, after, folder), inputs, code)
 
-        def make(folder: Path) -> dict:
-            began = time.time()
-            groups = self._pairs(experiment, 0 if taught else after)
-            torch.manual_seed(experiment.seed)  # the initial weights of the heads
-            model = self.build(experiment).to(self.device)
-            schedule, teacher = training, None
-            if taught:
-                model.load_state_dict(self.model(experiment, after - 1).state_dict())
-                schedule = replace(training, ema=pseudo.teacher.decay)
-                images = [model.prepare(sample.image) for sample in self.dataset.train]
-                teacher = MeanTeacher(images, pseudo.teacher, training.batch, training.crop, augment, self.device)
-            title = f"training {name}" + (f", round {after}" if after else "")
-            checkpoint = Checkpoint(beside(folder, "state"), lambda: self.store.check_time("model"))
-            with task(title, training.iterations) as progress:
-                result = train(
-                    model,
-                    [pair for group in groups.values() for pair in group],
-                    schedule,
-                    seed=experiment.seed + (after if taught else 0),
-                    augment=augment,
-                    validate=self._validate if self.dataset.val else None,
-                    device=self.device,
-                    progress=progress.measured,
-                    pair_weights=self.profile.mix.weights({kind: len(group) for kind, group in groups.items()}),
-                    unlabelled=teacher,
-                    resume_from=checkpoint.read(),
-                    checkpoint=checkpoint,
-                )
-            save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-            (folder / "curve.json").write_text(json.dumps(result.curve))
-            if result.best_iteration < training.iterations:
-                save_file({k: v.contiguous() for k, v in result.best_state.items()}, folder / "best.safetensors")
-            checkpoint.remove()
-            return {
-                "seconds": round(time.time() - began + result.seconds_before, 2),
-                "validation_aji": result.curve[-1].get("val"),
-                "best_iteration": result.best_iteration,
-                "best_validation_aji": max((row["val"] for row in result.curve if "val" in row), default=None),
-                "pairs": {kind: len(group) for kind, group in groups.items()},
-                "peak_gpu_mb": result.peak_memory // 2**20 or None,
-                "recorded_gpu_mb": result.recorded_memory // 2**20,
-                "initialised_from": model.initialised_from,
-            }
+    def _taught(self, experiment: Experiment, after: int) -> bool:
+        return after > 0 and self.pseudo_config(experiment).method == "mean-teacher"
 
+    def _model_key(self, experiment: Experiment, after: int) -> tuple[dict, list[str]]:
+        """Return the settings that a training depends on, and the keys of the results that it is made from."""
+        taught = self._taught(experiment, after)
         inputs = [self.dataset.fingerprint]
         if experiment.supervision == "patches":
             inputs.append(self.selected(experiment).key)
@@ -347,18 +309,68 @@ class Stages:
         elif after:
             inputs.append(self.pseudo_labelled(experiment, after).key)
         what = self.model_settings(experiment) | {"seed": experiment.seed, "device": self.device.type}
-        start, weights = self._start_of(name)
+        start, weights = self._start_of(experiment.segmenter)
         if weights_file(start, weights) or start == self.profile.segmenter_encoder:
             what["weights"] = weights_version(start, weights)
-        what |= {"teacher": pseudo.teacher, "round": after} if taught else {}
-        return self.store.get("model", what, make, inputs, TEACHER_CODE if taught else MODEL_CODE)
+        what |= {"teacher": self.pseudo_config(experiment).teacher, "round": after} if taught else {}
+        return what, inputs
+
+    def _train(self, experiment: Experiment, after: int, folder: Path) -> dict:
+        """Train, write the weights and the curve into a folder, and return what the result says of itself."""
+        began = time.time()
+        name, augment = experiment.segmenter, self._augment(experiment)
+        schedule, pseudo = self.profile.training_of(name), self.pseudo_config(experiment)
+        taught = self._taught(experiment, after)
+        groups = self._pairs(experiment, 0 if taught else after)
+        torch.manual_seed(experiment.seed)  # the initial weights of the heads
+        model, teacher = self.build(experiment).to(self.device), None
+        if taught:
+            model.load_state_dict(self.model(experiment, after - 1).state_dict())
+            images = [model.prepare(sample.image) for sample in self.dataset.train]
+            teacher = MeanTeacher(images, pseudo.teacher, schedule.batch, schedule.crop, augment, self.device)
+            schedule = replace(schedule, ema=pseudo.teacher.decay)
+        title = f"training {name}" + (f", round {after}" if after else "")
+        checkpoint = Checkpoint(beside(folder, "state"), lambda: self.store.check_time("model"))
+        with task(title, schedule.iterations) as progress:
+            result = train(
+                model,
+                [pair for group in groups.values() for pair in group],
+                schedule,
+                seed=experiment.seed + (after if taught else 0),
+                augment=augment,
+                validate=self._validate if self.dataset.val else None,
+                device=self.device,
+                progress=progress.measured,
+                pair_weights=self.profile.mix.weights({kind: len(group) for kind, group in groups.items()}),
+                unlabelled=teacher,
+                resume_from=checkpoint.read(),
+                checkpoint=checkpoint,
+            )
+        save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        (folder / "curve.json").write_text(json.dumps(result.curve))
+        if result.best_iteration < schedule.iterations:
+            save_file({k: v.contiguous() for k, v in result.best_state.items()}, folder / "best.safetensors")
+        checkpoint.remove()
+        return {
+            "seconds": round(time.time() - began + result.seconds_before, 2),
+            "validation_aji": result.curve[-1].get("val"),
+            "best_iteration": result.best_iteration,
+            "best_validation_aji": max((row["val"] for row in result.curve if "val" in row), default=None),
+            "pairs": {kind: len(group) for kind, group in groups.items()},
+            "peak_gpu_mb": result.peak_memory // 2**20 or None,
+            "recorded_gpu_mb": result.recorded_memory // 2**20,
+            "initialised_from": model.initialised_from,
+        }
+
+    def _augment(self, experiment: Experiment) -> AugmentConfig | None:
+        return None if experiment.augmentation == "none" else self.profile.augment
 
     def model_settings(self, experiment: Experiment) -> dict:
         """Return what the profile says of an experiment's segmenter and of its training."""
-        name, augment = experiment.segmenter, None if experiment.augmentation == "none" else self.profile.augment
+        name = experiment.segmenter
         return {
             "segmenter": (name, self.profile.segmenter(name), self.profile.segmenter_encoder),
-            "training": (self.profile.training_of(name), augment, self.profile.mix),
+            "training": (self.profile.training_of(name), self._augment(experiment), self.profile.mix),
         }
 
     def _pairs(self, experiment: Experiment, after: int) -> dict[str, list[Pair]]:
