@@ -23,7 +23,7 @@ from nucseg.data.sources import FileSource
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
 from nucseg.workflow import WorkflowError
-from nucseg.workflow.base import open_images, pick_device
+from nucseg.workflow.base import open_images
 from nucseg.workflow.patches import _outline_files
 from nucseg.workflow.prediction import shows_something
 
@@ -265,15 +265,6 @@ def test_a_selection_finds_its_images_from_any_folder_and_where_they_have_moved(
     with pytest.raises(WorkflowError, match=r"selection.json; --images names another place"):
         workflow.import_annotations(tmp_path / "relative", tmp_path / "outlines", tmp_path / "b")
     workflow.import_annotations(tmp_path / "relative", tmp_path / "outlines", tmp_path / "b", images=tmp_path / "moved")
-
-
-@pytest.mark.parametrize(
-    ("device", "message"), [("tpu", "no device 'tpu'; there are cpu and cuda"), ("cuda:7", "PyTorch sees 0 GPUs")]
-)
-def test_a_device_that_is_not_there_is_an_error(monkeypatch, device, message):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(WorkflowError, match=message):
-        pick_device(device)
 
 
 def test_a_damaged_selection_or_model_says_so(picks, training_set, slides, tmp_path):

@@ -17,6 +17,7 @@ from nucseg import annotations
 from nucseg.annotations import SparseLabels
 from nucseg.config import to_plain
 from nucseg.data import DataError, Sample, read_image
+from nucseg.devices import pick_device
 from nucseg.encoders import Encoder
 from nucseg.files import write_text
 from nucseg.patches import Patch
@@ -28,7 +29,6 @@ from nucseg.workflow.base import (
     WorkflowError,
     new_folder,
     open_images,
-    pick_device,
     read_json,
     unique_names,
 )

@@ -18,6 +18,7 @@ from nucseg import models
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import from_mapping, to_plain
 from nucseg.data import Sample
+from nucseg.devices import pick_device
 from nucseg.files import whole, write_text
 from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import Segmenter
@@ -32,7 +33,6 @@ from nucseg.workflow.base import (
     WorkflowError,
     new_folder,
     open_images,
-    pick_device,
     read_json,
     reader,
 )
