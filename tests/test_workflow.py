@@ -439,12 +439,49 @@ def test_predictions_go_on_where_they_stopped_and_with_images_that_came_later(tr
     assert again["nuclei"].tolist() == [table["nuclei"][1]] * 2
 
 
-def test_an_image_that_cannot_be_read_does_not_hold_up_the_others(trained, slides, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("a_half.png", 4000, "damaged or truncated"),  # the first so many bytes of another
+        ("b.png", b"", "the file is empty"),
+        ("text.png", b"the image is on the other disk", "not an image"),
+        ("page.tif", b"<html><body>Log in</body></html>", "not a TIFF"),
+        ("z_header.png", 20, "damaged or truncated"),
+    ],
+    ids=["half", "empty", "text", "page", "header"],
+)
+def test_an_image_that_cannot_be_read_does_not_hold_up_the_others(trained, slides, tmp_path, file, content, said):
     shutil.copytree(slides[0], tmp_path / "s")
-    (tmp_path / "s" / "a_half.png").write_bytes((slides[0] / "slide_a.png").read_bytes()[:4000])
-    with pytest.raises(WorkflowError, match=r"(?s)1 of 3 images could not be read:.*a_half.png: damaged"):
+    whole = (slides[0] / "slide_a.png").read_bytes()
+    (tmp_path / "s" / file).write_bytes(whole[:content] if isinstance(content, int) else content)
+    with pytest.raises(WorkflowError, match=rf"(?s)1 of 3 images could not be read:.*{file}: {said}"):
         workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
     assert list(pd.read_csv(tmp_path / "out" / "images.csv")["image_id"]) == list(NAMES)
+
+
+def test_predictions_lie_as_the_images_do_and_stay_where_they_are_when_another_of_the_name_comes(
+    trained, slides, tmp_path
+):
+    for folder, name in (("x", "slide_a"), ("y", "slide_b")):
+        annotations.write_labels(tmp_path / "truth" / folder / "s.tif", slides[1][name])
+    (tmp_path / "images" / "x").mkdir(parents=True)
+    shutil.copy(slides[0] / "slide_a.png", tmp_path / "images" / "x" / "s.png")
+    shutil.copy(slides[0] / "slide_b.png", tmp_path / "images" / "t.png")
+    annotations.write_labels(tmp_path / "first" / "x" / "s.tif", slides[1]["slide_a"])
+    predict = partial(workflow.predict_folder, trained, tmp_path / "images", tmp_path / "out")
+    predict()
+    with pytest.warns(UserWarning, match="no truth for 1 predictions, left out: t"):
+        assert list(workflow.evaluate_folders(tmp_path / "first", tmp_path / "out")["image_id"]) == ["x/s", "mean"]
+    before = (tmp_path / "out" / "labels" / "x" / "s.tif").stat().st_mtime_ns
+    (tmp_path / "images" / "t.png").unlink()
+    (tmp_path / "out" / "labels" / "t.tif").unlink()
+    (tmp_path / "images" / "y").mkdir()
+    shutil.copy(slides[0] / "slide_b.png", tmp_path / "images" / "y" / "s.png")
+    predict()
+    labels = tmp_path / "out" / "labels"
+    assert sorted(path.relative_to(labels).as_posix() for path in labels.rglob("*.tif")) == ["x/s.tif", "y/s.tif"]
+    assert (labels / "x" / "s.tif").stat().st_mtime_ns == before
+    assert len(workflow.evaluate_folders(tmp_path / "truth", tmp_path / "out")) == 3
 
 
 def test_predictions_of_another_model_and_finished_models_are_not_written_over(trained, training_set, slides, tmp_path):
