@@ -231,6 +231,22 @@ def test_images_of_one_name_in_two_folders_keep_their_outlines_apart(slides, tmp
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "labels" / row.file)) > 0, true > 0)
 
 
+def test_an_image_of_the_same_name_that_comes_later_changes_no_name_of_a_selection(slides, tmp_path):
+    for folder, name in (("x", "slide_a"), ("y", "slide_b")):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        shutil.copy(slides[0] / f"{name}.png", tmp_path / "images" / folder / "same.png")
+        if folder == "x":
+            workflow.select_patches(tmp_path / "images", tmp_path / "picks", 2, "random-crop", PROFILE)
+    assert [path.name for path in (tmp_path / "picks" / "geojson").iterdir()] == ["same.geojson"]
+    annotations.write_geojson(tmp_path / "outlines" / "same.geojson", slides[1]["slide_a"])
+    table = workflow.import_annotations(tmp_path / "picks", tmp_path / "outlines", tmp_path / "out")
+    assert list(table["image_id"]) == ["x/same"] * 2
+    assert all((tmp_path / "picks" / "patches" / file).is_file() for file in table["file"])
+    Image.open(slides[0] / "slide_a.png").rotate(180).save(tmp_path / "images" / "x" / "same.png")
+    with pytest.raises(WorkflowError, match="is not the one that patches were chosen from"):
+        workflow.import_annotations(tmp_path / "picks", tmp_path / "outlines", tmp_path / "again")
+
+
 @pytest.mark.parametrize("name", ["slide_a.png.geojson", "slide_a_labels.TIF", "slide_a_cp_masks.tiff", "slide_a.JSON"])
 def test_outlines_are_found_by_the_names_that_tools_give_them(one_patch, tmp_path, name):
     patch, _ = one_patch
