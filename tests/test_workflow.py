@@ -596,6 +596,15 @@ def test_a_damaged_image_without_outlines_is_told_before_a_training(training_set
         workflow.train_folder(training_set[0], tmp_path / "m", "hoverlite", PROFILE, unlabelled=tmp_path / "s")
 
 
+@pytest.mark.parametrize("twice", ["truth", "predicted"])
+def test_of_two_label_maps_of_one_name_none_is_taken_in_silence(slides, tmp_path, twice):
+    for folder in ("truth", "predicted"):
+        annotations.write_labels(tmp_path / folder / "a.png", slides[1]["slide_a"])
+    annotations.write_labels(tmp_path / twice / "a.tif", np.zeros((160, 192), np.int32))
+    with pytest.raises(WorkflowError, match=rf"{twice}/a.png and .*{twice}/a.tif are two .*; rename or remove one"):
+        workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted")
+
+
 def test_label_maps_in_folders_are_evaluated_too(slides, tmp_path):
     for name in ("slide_a", "deep/slide_a"):
         for folder in ("truth", "predicted/labels"):
