@@ -711,6 +711,31 @@ def test_other_settings_begin_anew(training_set, tmp_path, monkeypatch):
     assert not list((tmp_path / "a").glob(".*"))
 
 
+def test_another_image_of_the_same_name_and_size_begins_anew(training_set, slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))  # seconds between two writings
+    shutil.copytree(slides[0], tmp_path / "s")
+    schedule = replace(PROFILE.training_of("hoverlite"), log_every=1)
+    profile = replace(PROFILE, training={**PROFILE.training, "hoverlite": schedule})
+    run = partial(workflow.train_folder, training_set[0], segmenter="hoverlite", profile=profile)
+    real = Checkpoint.__call__
+
+    def stop(self, snapshot):
+        real(self, snapshot)
+        if ".unlabelled." in self.path.name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a", unlabelled=tmp_path / "s")
+    assert list((tmp_path / "a").glob(".*.unlabelled.state"))
+    Image.fromarray(generate_tissue("glandular", (160, 192), seed=7)[0]).save(tmp_path / "s" / "slide_b.png")
+    for name in "ab":
+        run(tmp_path / name, unlabelled=tmp_path / "s")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
 def test_a_segmenter_that_cannot_be_taught_says_which_can(training_set, slides, tmp_path):
     with pytest.raises(WorkflowError, match="dist cannot learn from images without outlines, only hoverlite, hovernet"):
         workflow.train_folder(training_set[0], tmp_path, "dist", PROFILE, unlabelled=slides[0])

@@ -66,6 +66,11 @@ def reader(sample: Sample) -> Callable[[int, int, int, int], np.ndarray]:
     return lambda row, col, height, width: image[row : row + height, col : col + width].copy()
 
 
+def stamp(sample: Sample) -> list:
+    """Return what tells, without decoding, whether an image is still the same file, as JSON gives it back."""
+    return json.loads(json.dumps([sample.id, *sample.source.stamp()]))
+
+
 def read_json(path: Path, advice: str, keys: Iterable[str] = ()) -> dict:
     """Read what an earlier step wrote, with these keys at least, or say which step that is."""
     if not path.is_file():

@@ -27,6 +27,7 @@ from nucseg.workflow.base import (
     open_images,
     read_json,
     reader,
+    stamp,
 )
 from nucseg.workflow.segmenter import load_model
 
@@ -111,22 +112,18 @@ class _Done:
 
     def has(self, sample: Sample) -> bool:
         files = self.folder / "labels" / f"{sample.id}.tif", self.folder / "geojson" / f"{sample.id}.geojson"
-        same = self.images.get(sample.id, {}).get("file") == _stamp(sample)
+        same = self.images.get(sample.id, {}).get("file") == stamp(sample)[1:]  # the id is the key
         return same and all(path.is_file() for path in files)
 
     def add(self, sample: Sample, scores: np.ndarray) -> None:
         mean = float(scores.mean()) if len(scores) else 0.0
-        self.images[sample.id] = {"file": _stamp(sample), "nuclei": len(scores), "mean_score": mean}
+        self.images[sample.id] = {"file": stamp(sample)[1:], "nuclei": len(scores), "mean_score": mean}
         write_text(self.path, json.dumps({"model": self.model, "images": self.images}, indent=1))
         write_text(self.folder / "images.csv", self.table(self.images).to_csv(index=False))
 
     def table(self, image_ids: Iterable[str]) -> pd.DataFrame:
         keys = ("nuclei", "mean_score")
         return pd.DataFrame([{"image_id": i, **{key: self.images[i][key] for key in keys}} for i in image_ids])
-
-
-def _stamp(sample: Sample) -> list:
-    return json.loads(json.dumps(sample.source.stamp()))
 
 
 def _begin(segmenter: Segmenter, sample: Sample) -> Callable[[], Instances | str]:

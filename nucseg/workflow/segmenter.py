@@ -35,6 +35,7 @@ from nucseg.workflow.base import (
     open_images,
     read_json,
     reader,
+    stamp,
 )
 
 UNLABELLED_PIXELS = 64_000_000  # of all images without outlines: half a gigabyte with their place for labels
@@ -53,7 +54,8 @@ def train_folder(
     """Train a segmenter on a folder of images with label maps, and write ``model.safetensors`` and ``model.json``.
 
     What was stopped goes on where it was, by the same call: once a minute the state of the training is written to
-    ``out``, and removed at the end. Anything else asked for, other outlines or a newer nucseg begin anew.
+    ``out``, and removed at the end. Anything else asked for, other outlines, a changed file of an image without
+    them, or a newer nucseg begin anew.
 
     Parameters
     ----------
@@ -111,7 +113,7 @@ def train_folder(
     }
     new_folder(out)
     views = unlabelled_views(others, UNLABELLED_PIXELS, seed)  # a damaged image is noticed before the first training
-    begun = _Begun(out, [record, to_plain(profile.augment), where.type, *(_stamp(sample) for sample in others)])
+    begun = _Begun(out, [record, to_plain(profile.augment), where.type, *(stamp(sample) for sample in others)])
     torch.manual_seed(seed)
     model = models.build(segmenter, encoder, config, profile.weights.get(models.encoder_of(segmenter, encoder)))
 
@@ -173,11 +175,6 @@ class _Begun:
         """Remove it all, and what trainings with other settings have left in this folder."""
         for path in self.folder.glob(f".{'[0-9a-f]' * 12}.*"):
             path.unlink(missing_ok=True)
-
-
-def _stamp(sample: Sample) -> list:
-    """Tell whether an image without outlines is still the same, without reading it."""
-    return [sample.id, *sample.shape]
 
 
 def _write_weights(model: Segmenter, path: Path) -> None:
