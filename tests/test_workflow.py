@@ -736,6 +736,13 @@ def test_another_image_of_the_same_name_and_size_begins_anew(training_set, slide
     assert weights[0] == weights[1]
 
 
+def test_a_label_map_is_asked_for_once(training_set, tmp_path, monkeypatch):
+    asked, labels = [], Sample.labels.fget
+    monkeypatch.setattr(Sample, "labels", property(lambda self: asked.append(self.id) or labels(self)))
+    workflow.train_folder(training_set[0], tmp_path, "hoverlite", PROFILE)
+    assert len(asked) == len(set(asked)) == 3
+
+
 def test_a_segmenter_that_cannot_be_taught_says_which_can(training_set, slides, tmp_path):
     with pytest.raises(WorkflowError, match="dist cannot learn from images without outlines, only hoverlite, hovernet"):
         workflow.train_folder(training_set[0], tmp_path, "dist", PROFILE, unlabelled=slides[0])
