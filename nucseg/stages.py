@@ -25,6 +25,7 @@ from nucseg.augment import AugmentConfig
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
+from nucseg.devices import device_of
 from nucseg.encoders import Encoder, weights_file, weights_version
 from nucseg.experiments import Experiment
 from nucseg.inference import predict_all
@@ -82,7 +83,7 @@ class Stages:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         name = dataset or self.profile.dataset
         self.dataset = load_dataset(name, data_root or None) if isinstance(name, str) else name
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_of(device)  # may be the workers' of a cluster: whether it is here is asked where work is
         runs = home() / "runs"
         self.store = Store(results) if results else Store(runs / self.profile.name, others=runs)
 

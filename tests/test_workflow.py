@@ -23,7 +23,7 @@ from nucseg.data.sources import FileSource
 from nucseg.data.tissue import generate_tissue
 from nucseg.profiles import load_profile
 from nucseg.workflow import WorkflowError
-from nucseg.workflow.base import open_images, pick_device
+from nucseg.workflow.base import open_images
 from nucseg.workflow.patches import _outline_files
 from nucseg.workflow.prediction import shows_something
 
@@ -231,6 +231,22 @@ def test_images_of_one_name_in_two_folders_keep_their_outlines_apart(slides, tmp
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "labels" / row.file)) > 0, true > 0)
 
 
+def test_an_image_of_the_same_name_that_comes_later_changes_no_name_of_a_selection(slides, tmp_path):
+    for folder, name in (("x", "slide_a"), ("y", "slide_b")):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        shutil.copy(slides[0] / f"{name}.png", tmp_path / "images" / folder / "same.png")
+        if folder == "x":
+            workflow.select_patches(tmp_path / "images", tmp_path / "picks", 2, "random-crop", PROFILE)
+    assert [path.name for path in (tmp_path / "picks" / "geojson").iterdir()] == ["same.geojson"]
+    annotations.write_geojson(tmp_path / "outlines" / "same.geojson", slides[1]["slide_a"])
+    table = workflow.import_annotations(tmp_path / "picks", tmp_path / "outlines", tmp_path / "out")
+    assert list(table["image_id"]) == ["x/same"] * 2
+    assert all((tmp_path / "picks" / "patches" / file).is_file() for file in table["file"])
+    Image.open(slides[0] / "slide_a.png").rotate(180).save(tmp_path / "images" / "x" / "same.png")
+    with pytest.raises(WorkflowError, match="is not the one that patches were chosen from"):
+        workflow.import_annotations(tmp_path / "picks", tmp_path / "outlines", tmp_path / "again")
+
+
 @pytest.mark.parametrize("name", ["slide_a.png.geojson", "slide_a_labels.TIF", "slide_a_cp_masks.tiff", "slide_a.JSON"])
 def test_outlines_are_found_by_the_names_that_tools_give_them(one_patch, tmp_path, name):
     patch, _ = one_patch
@@ -265,15 +281,6 @@ def test_a_selection_finds_its_images_from_any_folder_and_where_they_have_moved(
     with pytest.raises(WorkflowError, match=r"selection.json; --images names another place"):
         workflow.import_annotations(tmp_path / "relative", tmp_path / "outlines", tmp_path / "b")
     workflow.import_annotations(tmp_path / "relative", tmp_path / "outlines", tmp_path / "b", images=tmp_path / "moved")
-
-
-@pytest.mark.parametrize(
-    ("device", "message"), [("tpu", "no device 'tpu'; there are cpu and cuda"), ("cuda:7", "PyTorch sees 0 GPUs")]
-)
-def test_a_device_that_is_not_there_is_an_error(monkeypatch, device, message):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(WorkflowError, match=message):
-        pick_device(device)
 
 
 def test_a_damaged_selection_or_model_says_so(picks, training_set, slides, tmp_path):
@@ -448,12 +455,49 @@ def test_predictions_go_on_where_they_stopped_and_with_images_that_came_later(tr
     assert again["nuclei"].tolist() == [table["nuclei"][1]] * 2
 
 
-def test_an_image_that_cannot_be_read_does_not_hold_up_the_others(trained, slides, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("a_half.png", 4000, "damaged or truncated"),  # the first so many bytes of another
+        ("b.png", b"", "the file is empty"),
+        ("text.png", b"the image is on the other disk", "not an image"),
+        ("page.tif", b"<html><body>Log in</body></html>", "not a TIFF"),
+        ("z_header.png", 20, "damaged or truncated"),
+    ],
+    ids=["half", "empty", "text", "page", "header"],
+)
+def test_an_image_that_cannot_be_read_does_not_hold_up_the_others(trained, slides, tmp_path, file, content, said):
     shutil.copytree(slides[0], tmp_path / "s")
-    (tmp_path / "s" / "a_half.png").write_bytes((slides[0] / "slide_a.png").read_bytes()[:4000])
-    with pytest.raises(WorkflowError, match=r"(?s)1 of 3 images could not be read:.*a_half.png: damaged"):
+    whole = (slides[0] / "slide_a.png").read_bytes()
+    (tmp_path / "s" / file).write_bytes(whole[:content] if isinstance(content, int) else content)
+    with pytest.raises(WorkflowError, match=rf"(?s)1 of 3 images could not be read:.*{file}: {said}"):
         workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
     assert list(pd.read_csv(tmp_path / "out" / "images.csv")["image_id"]) == list(NAMES)
+
+
+def test_predictions_lie_as_the_images_do_and_stay_where_they_are_when_another_of_the_name_comes(
+    trained, slides, tmp_path
+):
+    for folder, name in (("x", "slide_a"), ("y", "slide_b")):
+        annotations.write_labels(tmp_path / "truth" / folder / "s.tif", slides[1][name])
+    (tmp_path / "images" / "x").mkdir(parents=True)
+    shutil.copy(slides[0] / "slide_a.png", tmp_path / "images" / "x" / "s.png")
+    shutil.copy(slides[0] / "slide_b.png", tmp_path / "images" / "t.png")
+    annotations.write_labels(tmp_path / "first" / "x" / "s.tif", slides[1]["slide_a"])
+    predict = partial(workflow.predict_folder, trained, tmp_path / "images", tmp_path / "out")
+    predict()
+    with pytest.warns(UserWarning, match="no truth for 1 predictions, left out: t"):
+        assert list(workflow.evaluate_folders(tmp_path / "first", tmp_path / "out")["image_id"]) == ["x/s", "mean"]
+    before = (tmp_path / "out" / "labels" / "x" / "s.tif").stat().st_mtime_ns
+    (tmp_path / "images" / "t.png").unlink()
+    (tmp_path / "out" / "labels" / "t.tif").unlink()
+    (tmp_path / "images" / "y").mkdir()
+    shutil.copy(slides[0] / "slide_b.png", tmp_path / "images" / "y" / "s.png")
+    predict()
+    labels = tmp_path / "out" / "labels"
+    assert sorted(path.relative_to(labels).as_posix() for path in labels.rglob("*.tif")) == ["x/s.tif", "y/s.tif"]
+    assert (labels / "x" / "s.tif").stat().st_mtime_ns == before
+    assert len(workflow.evaluate_folders(tmp_path / "truth", tmp_path / "out")) == 3
 
 
 def test_predictions_of_another_model_and_finished_models_are_not_written_over(trained, training_set, slides, tmp_path):
@@ -550,6 +594,15 @@ def test_a_damaged_image_without_outlines_is_told_before_a_training(training_set
     monkeypatch.setattr("nucseg.workflow.segmenter.train", lambda *a, **k: pytest.fail("trained first"))
     with pytest.raises(ValueError, match=r"half.png: damaged"):
         workflow.train_folder(training_set[0], tmp_path / "m", "hoverlite", PROFILE, unlabelled=tmp_path / "s")
+
+
+@pytest.mark.parametrize("twice", ["truth", "predicted"])
+def test_of_two_label_maps_of_one_name_none_is_taken_in_silence(slides, tmp_path, twice):
+    for folder in ("truth", "predicted"):
+        annotations.write_labels(tmp_path / folder / "a.png", slides[1]["slide_a"])
+    annotations.write_labels(tmp_path / twice / "a.tif", np.zeros((160, 192), np.int32))
+    with pytest.raises(WorkflowError, match=rf"{twice}/a.png and .*{twice}/a.tif are two .*; rename or remove one"):
+        workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted")
 
 
 def test_label_maps_in_folders_are_evaluated_too(slides, tmp_path):
@@ -656,6 +709,38 @@ def test_other_settings_begin_anew(training_set, tmp_path, monkeypatch):
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
     assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_another_image_of_the_same_name_and_size_begins_anew(training_set, slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))  # seconds between two writings
+    shutil.copytree(slides[0], tmp_path / "s")
+    schedule = replace(PROFILE.training_of("hoverlite"), log_every=1)
+    profile = replace(PROFILE, training={**PROFILE.training, "hoverlite": schedule})
+    run = partial(workflow.train_folder, training_set[0], segmenter="hoverlite", profile=profile)
+    real = Checkpoint.__call__
+
+    def stop(self, snapshot):
+        real(self, snapshot)
+        if ".unlabelled." in self.path.name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a", unlabelled=tmp_path / "s")
+    assert list((tmp_path / "a").glob(".*.unlabelled.state"))
+    Image.fromarray(generate_tissue("glandular", (160, 192), seed=7)[0]).save(tmp_path / "s" / "slide_b.png")
+    for name in "ab":
+        run(tmp_path / name, unlabelled=tmp_path / "s")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_label_map_is_asked_for_once(training_set, tmp_path, monkeypatch):
+    asked, labels = [], Sample.labels.fget
+    monkeypatch.setattr(Sample, "labels", property(lambda self: asked.append(self.id) or labels(self)))
+    workflow.train_folder(training_set[0], tmp_path, "hoverlite", PROFILE)
+    assert len(asked) == len(set(asked)) == 3
 
 
 def test_a_segmenter_that_cannot_be_taught_says_which_can(training_set, slides, tmp_path):

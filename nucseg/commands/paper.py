@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from nucseg.commands.options import (
     app,
     chosen_tables,
 )
+
+if TYPE_CHECKING:
+    from nucseg.pipeline import Pipeline
 
 
 @app.command()
@@ -78,12 +81,15 @@ def run(
     from nucseg.runs import backends
 
     backends.check(backend, address, jobs)  # before anything large is imported
+    from nucseg.devices import pick_device
     from nucseg.runs.plan import Plan
 
     plan = Plan(profile, dataset, data_root, chosen_tables(table), device)
     if dry_run:
         typer.echo(plan.describe())
         return
+    if backend == "loky":  # the machine that a cluster is asked from may have no GPU
+        pick_device(device)
     failed = plan.run(jobs, minutes, retry, backend, address, again)
     typer.echo(plan.describe())
     if failed:
@@ -138,9 +144,8 @@ def compare_choices(
 ) -> None:
     """Ask what the better choices of patches have in common, from the results of Table S: a table and a figure."""
     from nucseg import choices
-    from nucseg.pipeline import Pipeline
 
-    for path in choices.write(Pipeline(profile, dataset, data_root, device)):
+    for path in choices.write(_pipeline(profile, dataset, data_root, device)):
         typer.echo(path)
 
 
@@ -163,9 +168,8 @@ def compare_schedules(
 ) -> None:
     """Train shorter and longer than the profile says and compare AJI on validation images: a table and a figure."""
     from nucseg import schedule_lengths
-    from nucseg.pipeline import Pipeline
 
-    run = Pipeline(profile, dataset, data_root, device)
+    run = _pipeline(profile, dataset, data_root, device)
     rows, parts = row or schedule_lengths.ROWS, part or schedule_lengths.PARTS
     for path in schedule_lengths.write(run, rows, parts, seeds, minutes):
         typer.echo(path)
@@ -180,10 +184,18 @@ def compare_synthesis(
 ) -> None:
     """Measure the images of Table II's six systems against held-out real patches: a table and a figure."""
     from nucseg import synthesis_quality
+
+    for path in synthesis_quality.write(_pipeline(profile, dataset, data_root, device)):
+        typer.echo(path)
+
+
+def _pipeline(profile: str, dataset: str, root: str, device: str) -> Pipeline:
+    """Open profile and data for work on this machine, where the device that is asked for must be."""
+    from nucseg.devices import pick_device
     from nucseg.pipeline import Pipeline
 
-    for path in synthesis_quality.write(Pipeline(profile, dataset, data_root, device)):
-        typer.echo(path)
+    pick_device(device)
+    return Pipeline(profile, dataset, root, device)
 
 
 def _require_data(dataset: str, root: str) -> None:

@@ -9,34 +9,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nucseg.data import NAMES, Dataset, Sample, load_dataset, load_folder
+from nucseg.devices import pick_device
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
 
 
 class WorkflowError(RuntimeError):
     """A step's input is missing or does not fit the step before it."""
-
-
-def pick_device(name: str = "") -> torch.device:
-    """Return the named device, or the GPU where there is one, else the CPU.
-
-    Raises
-    ------
-    WorkflowError
-        For another kind of device, or a GPU where there is none.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise WorkflowError(f"no device {name!r}; there are cpu and cuda")
-    if name and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise WorkflowError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs")
-    return device
 
 
 def default_profile(device: str = "") -> str:
@@ -83,6 +64,11 @@ def reader(sample: Sample) -> Callable[[int, int, int, int], np.ndarray]:
         return sample.region
     image = sample.image
     return lambda row, col, height, width: image[row : row + height, col : col + width].copy()
+
+
+def stamp(sample: Sample) -> list:
+    """Return what tells, without decoding, whether an image is still the same file, as JSON gives it back."""
+    return json.loads(json.dumps([sample.id, *sample.source.stamp()]))
 
 
 def read_json(path: Path, advice: str, keys: Iterable[str] = ()) -> dict:

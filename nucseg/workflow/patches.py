@@ -17,6 +17,7 @@ from nucseg import annotations
 from nucseg.annotations import SparseLabels
 from nucseg.config import to_plain
 from nucseg.data import DataError, Sample, read_image
+from nucseg.devices import pick_device
 from nucseg.encoders import Encoder
 from nucseg.files import write_text
 from nucseg.patches import Patch
@@ -28,7 +29,6 @@ from nucseg.workflow.base import (
     WorkflowError,
     new_folder,
     open_images,
-    pick_device,
     read_json,
     unique_names,
 )
@@ -95,7 +95,8 @@ def select_patches(
         name = _patch_file(rank, patch, names)
         Image.fromarray(crop).save(out / "patches" / name)
         rows.append({"rank": rank, **to_plain(patch), "file": f"patches/{name}", **costs[rank - 1]})
-    for image_id in dict.fromkeys(patch.image_id for patch in selection.patches):
+    chosen = list(dict.fromkeys(patch.image_id for patch in selection.patches))
+    for image_id in chosen:
         mine = [(row["rank"], p) for row, p in zip(rows, selection.patches, strict=True) if p.image_id == image_id]
         own = [scores[rank - 1] for rank, _ in mine] if scores else None
         path = out / "geojson" / f"{names[image_id]}.geojson"
@@ -104,7 +105,9 @@ def select_patches(
     pd.DataFrame(rows).to_csv(out / "patches.csv", index=False)
     path = Path(images).expanduser()
     place = str(path.resolve()) if path.exists() else str(images)
-    write_text(out / SELECTION_FILE, json.dumps({"images": place, **selection.to_dict()}, indent=1))
+    # Their outlines come back under these names, whatever images have come to the folder by then.
+    record = {"images": place, "names": {i: names[i] for i in chosen}, **selection.to_dict()}
+    write_text(out / SELECTION_FILE, json.dumps(record, indent=1))
     return selection
 
 
@@ -150,7 +153,7 @@ def import_annotations(
     if (out / "patches.csv").exists():
         raise WorkflowError(f"{out} holds imported patches already; name another folder, or remove this one first")
     record = read_json(selection / SELECTION_FILE, "run 'nucseg select' first", ("images", "strategy", "patches"))
-    chosen = Selection.from_dict({k: v for k, v in record.items() if k != "images"})
+    chosen = Selection.from_dict({k: v for k, v in record.items() if k not in ("images", "names")})
     place = str(images or record["images"])
     try:
         samples = {sample.id: sample for sample in open_images(place).samples}
@@ -160,7 +163,7 @@ def import_annotations(
     wanted = list(dict.fromkeys(patch.image_id for patch in chosen.patches))
     if lost := [image_id for image_id in wanted if image_id not in samples]:
         raise WorkflowError(f"image {lost[0]!r} is no longer in {place}; put it back")
-    names = unique_names(samples)
+    names = record.get("names") or unique_names(samples)  # older selections have none
     _check_images(chosen.patches, samples, {p: selection / "patches" / _patch_file(rank, p, names) for rank, p in
                                             enumerate(chosen.patches, 1)})  # fmt: skip
     files = _outline_files(outlines, {image_id: names[image_id] for image_id in wanted}, partial)

@@ -27,7 +27,7 @@ from nucseg.workflow.base import (
     open_images,
     read_json,
     reader,
-    unique_names,
+    stamp,
 )
 from nucseg.workflow.segmenter import load_model
 
@@ -42,6 +42,7 @@ def predict_folder(
 ) -> pd.DataFrame:
     """Segment every image of a folder: a 16- or 32-bit label map and a QuPath GeoJSON each, in `out`.
 
+    They lie below ``labels/`` and ``geojson/`` as the images lie below their folder, so `evaluate_folders` finds them.
     ``images.csv`` there has one line per image: how many nuclei, and their mean score. What was stopped goes on where
     it was, by the same call, and images that were added later join those that are done. An image that cannot be read
     does not hold up the others.
@@ -69,28 +70,28 @@ def predict_folder(
     """
     model, out = Path(model).expanduser(), Path(out).expanduser()
     segmenter = load_model(model, device)
-    samples = list(open_images(images).samples)
+    there = open_images(images).samples
     done = _Done(new_folder(out), model)
+    samples, failed = _readable(there)
     _check(samples, out, large)  # before hours of work end at the last one
-    names, failed = unique_names([sample.id for sample in samples]), []
-    todo = [sample for sample in samples if not done.has(sample, names[sample.id])]
-    small = [sample for sample in todo if _area(sample) <= large]
+    todo = [sample for sample in samples if not done.has(sample)]
+    slides = {sample.id for sample in todo if _area(sample) > large}
+    small = [sample for sample in todo if sample.id not in slides]
     # On a GPU the network goes on with the next image while processes separate this one's nuclei.
     found = run_ahead((_begin(segmenter, sample) for sample in small), workers_for(segmenter, len(small)))
     with task("segmenting", len(todo)) as progress:
         for i, sample in enumerate(todo):
-            stem = names[sample.id]
-            result = next(found) if _area(sample) <= large else _slide(segmenter, sample, out)
+            result = _slide(segmenter, sample, out) if sample.id in slides else next(found)
             if isinstance(result, str):
                 failed.append(result)
             else:
-                annotations.write_labels(out / "labels" / f"{stem}.tif", result.labels)
-                annotations.write_geojson(out / "geojson" / f"{stem}.geojson", result.labels, scores=result.scores)
+                annotations.write_labels(out / "labels" / f"{sample.id}.tif", result.labels)
+                annotations.write_geojson(out / "geojson" / f"{sample.id}.geojson", result.labels, scores=result.scores)
                 done.add(sample, result.scores)
-            progress.update(i + 1, stem)
+            progress.update(i + 1, sample.id)
             del result  # a slide's label map leaves the disk before the next one needs the room
     if failed:
-        raise WorkflowError(f"{len(failed)} of {len(samples)} images could not be read:\n" + "\n".join(failed))
+        raise WorkflowError(f"{len(failed)} of {len(there)} images could not be read:\n" + "\n".join(failed))
     return done.table([sample.id for sample in samples])
 
 
@@ -109,24 +110,20 @@ class _Done:
         elif (folder / "labels").is_dir() or (folder / "geojson").is_dir():
             raise WorkflowError(f"{folder} holds labels/ or geojson/ of something else; name another folder")
 
-    def has(self, sample: Sample, name: str) -> bool:
-        files = self.folder / "labels" / f"{name}.tif", self.folder / "geojson" / f"{name}.geojson"
-        same = self.images.get(sample.id, {}).get("file") == _stamp(sample)
+    def has(self, sample: Sample) -> bool:
+        files = self.folder / "labels" / f"{sample.id}.tif", self.folder / "geojson" / f"{sample.id}.geojson"
+        same = self.images.get(sample.id, {}).get("file") == stamp(sample)[1:]  # the id is the key
         return same and all(path.is_file() for path in files)
 
     def add(self, sample: Sample, scores: np.ndarray) -> None:
         mean = float(scores.mean()) if len(scores) else 0.0
-        self.images[sample.id] = {"file": _stamp(sample), "nuclei": len(scores), "mean_score": mean}
+        self.images[sample.id] = {"file": stamp(sample)[1:], "nuclei": len(scores), "mean_score": mean}
         write_text(self.path, json.dumps({"model": self.model, "images": self.images}, indent=1))
         write_text(self.folder / "images.csv", self.table(self.images).to_csv(index=False))
 
     def table(self, image_ids: Iterable[str]) -> pd.DataFrame:
         keys = ("nuclei", "mean_score")
         return pd.DataFrame([{"image_id": i, **{key: self.images[i][key] for key in keys}} for i in image_ids])
-
-
-def _stamp(sample: Sample) -> list:
-    return json.loads(json.dumps(sample.source.stamp()))
 
 
 def _begin(segmenter: Segmenter, sample: Sample) -> Callable[[], Instances | str]:
@@ -138,8 +135,8 @@ def _begin(segmenter: Segmenter, sample: Sample) -> Callable[[], Instances | str
 
 def _slide(segmenter: Segmenter, sample: Sample, folder: Path) -> Instances | str:
     with tempfile.TemporaryFile(dir=folder) as file:  # without a name: gone with the process, even a killed one
-        canvas = np.memmap(file, np.int32, "w+", shape=sample.shape)
         try:
+            canvas = np.memmap(file, np.int32, "w+", shape=sample.shape)
             return segment_slide(segmenter, sample, canvas)
         except DataError as error:
             return str(error)
@@ -192,6 +189,19 @@ def shows_something(block: np.ndarray) -> bool:
     height, width = (side // SPECK for side in whole.shape[:2])
     specks = whole.reshape(height, SPECK, width, SPECK, 3).mean(axis=(1, 3))
     return bool(shows_tissue(specks).any())
+
+
+def _readable(samples: Iterable[Sample]) -> tuple[list[Sample], list[str]]:
+    """Return the samples whose header tells their size, and what is wrong with the others."""
+    good, bad = [], []
+    for sample in samples:
+        try:
+            _ = sample.shape
+        except DataError as error:
+            bad.append(str(error))
+        else:
+            good.append(sample)
+    return good, bad
 
 
 def _area(sample: Sample) -> int:

@@ -21,7 +21,7 @@ def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
     Raises
     ------
     WorkflowError
-        If a true label map has no prediction, with its name.
+        If a true label map has no prediction, with its name, or two files differ by their suffix alone.
     """
     true_files, predicted_files = _label_files(truth), _label_files(predicted)
     if missing := sorted(set(true_files) - set(predicted_files)):
@@ -55,11 +55,14 @@ def _label_files(folder: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise WorkflowError(f"{folder}: no such folder; give one with label maps")
     folder = folder / "labels" if (folder / "labels").is_dir() else folder
-    files = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in {".png", ".tif", ".tiff", ".npy"} and not path.name.startswith(".")
-    }
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in {".png", ".tif", ".tiff", ".npy"} or path.name.startswith("."):
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in files:
+            raise WorkflowError(f"{files[name]} and {path} are two label maps of one name; rename or remove one")
+        files[name] = path
     if not files:
         raise WorkflowError(f"no label maps (.png, .tif, .npy) in {folder}")
     return files

@@ -7,7 +7,9 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nucseg import models
+from nucseg.augment import AugmentConfig
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import from_mapping, to_plain
-from nucseg.data import Sample
+from nucseg.data import Dataset, Sample
+from nucseg.devices import pick_device
 from nucseg.files import whole, write_text
 from nucseg.mean_teacher import MeanTeacher
 from nucseg.models.base import Segmenter
@@ -32,11 +36,12 @@ from nucseg.workflow.base import (
     WorkflowError,
     new_folder,
     open_images,
-    pick_device,
     read_json,
     reader,
+    stamp,
 )
 
+Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
 UNLABELLED_PIXELS = 64_000_000  # of all images without outlines: half a gigabyte with their place for labels
 TISSUE = 0.5  # least share of tissue in a window of a large image, as far as one is found
 
@@ -53,7 +58,8 @@ def train_folder(
     """Train a segmenter on a folder of images with label maps, and write ``model.safetensors`` and ``model.json``.
 
     What was stopped goes on where it was, by the same call: once a minute the state of the training is written to
-    ``out``, and removed at the end. Anything else asked for, other outlines or a newer nucseg begin anew.
+    ``out``, and removed at the end. Anything else asked for, other outlines, a changed file of an image without
+    them, or a newer nucseg begin anew.
 
     Parameters
     ----------
@@ -86,67 +92,89 @@ def train_folder(
         raise WorkflowError(f"{out} holds a model already; name another folder, or remove this one first")
     data = open_images(dataset)
     others = list(open_images(unlabelled).samples) if unlabelled else []
-    pairs = [(sample.image, sample.labels) for sample in data.train if sample.labels is not None]
-    without = [sample.id for sample in data.train if not sample.labelled]
-    if pairs and without:
-        warnings.warn(
-            f"{len(without)} images have no label map and are left out: {', '.join(without[:5])}", stacklevel=2
-        )
-    if not pairs:
-        raise WorkflowError(f"{dataset}: no image has a label map; outline some and run 'nucseg import-annotations'")
-    if not any(labels.any() for _, labels in pairs):
-        raise WorkflowError(f"{dataset}: no label map holds a nucleus, so there is nothing to learn")
+    pairs = _labelled_pairs(data, dataset)
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
     schedule, where = profile.training_of(segmenter), pick_device(device)
-    record = {
-        "segmenter": segmenter,
-        "encoder": encoder,
-        "config": to_plain(config),
-        "training": to_plain(schedule),
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "images": len(pairs)},
-        "unlabelled": {"images": [s.id for s in others], "teacher": to_plain(profile.pseudo.teacher)}
-        if others
-        else None,
-        "seed": seed,
-    }
+    record = _record(segmenter, profile, data, len(pairs), others, seed)
     new_folder(out)
     views = unlabelled_views(others, UNLABELLED_PIXELS, seed)  # a damaged image is noticed before the first training
-    begun = _Begun(out, [record, to_plain(profile.augment), where.type, *(_stamp(sample) for sample in others)])
+    begun = _Begun(out, [record, to_plain(profile.augment), where.type, *(stamp(sample) for sample in others)])
     torch.manual_seed(seed)
     model = models.build(segmenter, encoder, config, profile.weights.get(models.encoder_of(segmenter, encoder)))
-
-    def learn(title: str, schedule: TrainingConfig, seed: int, part: str, **more: MeanTeacher) -> TrainingResult:
-        checkpoint = begun.checkpoint(part)
-        with task(title, schedule.iterations) as progress:
-            return train(
-                model,
-                pairs,
-                schedule,
-                seed,
-                augment=profile.augment,
-                device=where,
-                progress=progress.measured,
-                resume_from=checkpoint.read(),
-                checkpoint=checkpoint,
-                **more,
-            )
-
+    learn = partial(_learn, model, pairs, profile.augment, where)
     title = f"training {segmenter} on {len(pairs)} images"
     if not others:
-        result = learn(title, schedule, seed, "labelled")
+        result = learn(title, schedule, seed, begun.checkpoint("labelled"))
     else:
         if not begun.restore(model):
-            learn(title, schedule, seed, "labelled")
+            learn(title, schedule, seed, begun.checkpoint("labelled"))
             begun.keep(model)
         views = [model.prepare(view) for view in views]
         teacher = MeanTeacher(views, profile.pseudo.teacher, schedule.batch, schedule.crop, profile.augment, where)
         title = f"learning from {len(others)} images without outlines"
         longer = replace(schedule, ema=profile.pseudo.teacher.decay)
-        result = learn(title, longer, seed + 1, "unlabelled", unlabelled=teacher)
+        result = learn(title, longer, seed + 1, begun.checkpoint("unlabelled"), teacher)
     _write_weights(model, out / "model.safetensors")
     write_text(out / MODEL_FILE, json.dumps(record, indent=1))
     begun.forget()
     return result
+
+
+def _labelled_pairs(data: Dataset, place: str | Path) -> list[Pair]:
+    """Return the images that have a label map, with it, and say which have none."""
+    without = [sample.id for sample in data.train if not sample.labelled]
+    pairs = [(sample.image, sample.labels) for sample in data.train if sample.labelled]
+    if not pairs:
+        raise WorkflowError(f"{place}: no image has a label map; outline some and run 'nucseg import-annotations'")
+    if without:
+        warnings.warn(
+            f"{len(without)} images have no label map and are left out: {', '.join(without[:5])}", stacklevel=3
+        )
+    if not any(labels.any() for _, labels in pairs):
+        raise WorkflowError(f"{place}: no label map holds a nucleus, so there is nothing to learn")
+    return pairs
+
+
+def _record(
+    segmenter: str, profile: Profile, data: Dataset, images: int, others: Sequence[Sample], seed: int
+) -> dict[str, Any]:
+    """Return what ``model.json`` says: all that the model was made from."""
+    unlabelled = {"images": [sample.id for sample in others], "teacher": to_plain(profile.pseudo.teacher)}
+    return {
+        "segmenter": segmenter,
+        "encoder": profile.segmenter_encoder,
+        "config": to_plain(profile.segmenter(segmenter)),
+        "training": to_plain(profile.training_of(segmenter)),
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "images": images},
+        "unlabelled": unlabelled if others else None,
+        "seed": seed,
+    }
+
+
+def _learn(
+    model: Segmenter,
+    pairs: Sequence[Pair],
+    augment: AugmentConfig,
+    device: torch.device,
+    title: str,
+    schedule: TrainingConfig,
+    seed: int,
+    checkpoint: Checkpoint,
+    teacher: MeanTeacher | None = None,
+) -> TrainingResult:
+    with task(title, schedule.iterations) as progress:
+        return train(
+            model,
+            pairs,
+            schedule,
+            seed,
+            augment=augment,
+            device=device,
+            progress=progress.measured,
+            resume_from=checkpoint.read(),
+            checkpoint=checkpoint,
+            unlabelled=teacher,
+        )
 
 
 class _Begun:
@@ -173,11 +201,6 @@ class _Begun:
         """Remove it all, and what trainings with other settings have left in this folder."""
         for path in self.folder.glob(f".{'[0-9a-f]' * 12}.*"):
             path.unlink(missing_ok=True)
-
-
-def _stamp(sample: Sample) -> list:
-    """Tell whether an image without outlines is still the same, without reading it."""
-    return [sample.id, *sample.shape]
 
 
 def _write_weights(model: Segmenter, path: Path) -> None:
