@@ -1,7 +1,8 @@
 # make reproduce   the whole paper in small, on the built-in tissue: some minutes on two CPU cores
 # make test        the whole test suite, the five notebooks included
 # make readme      the tables in README.md, docs/runs.md and docs/results.md, from tables/*/results.csv
-# make gpu         with a CUDA device, 10 minutes: the tests marked gpu, then rates beside their peers, into OUT=FOLDER
+# make gpu         with a CUDA device, 10 minutes: the tests marked gpu, then rates beside their peers, into OUT=FOLDER;
+#                  without a network: tests/bench/gpu.sh, which says how
 # make lint        ruff over modules, tests and notebooks
 # Each first makes its own virtual environment in .venv and installs nucseg there.
 

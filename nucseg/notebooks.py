@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def parameters_of(path: Path) -> dict[str, Any]:
         If there is not exactly one such cell, or it holds anything but ``name = literal``: a value computed from
         another one would keep its old value when that one is replaced.
     """
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise ParameterError(f"{path.name}: expected one cell tagged 'parameters', found {len(cells)}")
     values: dict[str, Any] = {}
@@ -151,7 +152,7 @@ def execute(
 
     notebook = nbformat.read(output, as_version=4)
     html = output.with_suffix(".html")
-    html.write_text(HTMLExporter().from_notebook_node(notebook)[0])
+    html.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
     return html
 
 
@@ -160,31 +161,29 @@ def _said(message: str, output: Path, resume: str) -> str:
     return f"{message}\nThe notebook as far as it came: {output}{then}"
 
 
-class _watch:
+@contextlib.contextmanager
+def _watch(path: Path, on_progress: Callable[[float, str], None] | None) -> Iterator[None]:
     """Read what the kernel reports through NUCSEG_PROGRESS, and pass it on until the block ends."""
+    ended = threading.Event()
 
-    def __init__(self, path: Path, on_progress: Callable[[float, str], None] | None):
-        self.path, self.on_progress = path, on_progress
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> None:
-        os.environ["NUCSEG_PROGRESS"] = str(self.path)
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        del os.environ["NUCSEG_PROGRESS"]
-
-    def _run(self) -> None:
-        while not self.stop.wait(0.5):
+    def pass_on() -> None:
+        while not ended.wait(0.5):
             try:
-                state = json.loads(self.path.read_text())
+                state = json.loads(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 state = {"fraction": 0.0, "text": "starting the kernel"}
-            if self.on_progress:
-                self.on_progress(state["fraction"], state["text"])
+            if on_progress:
+                on_progress(state["fraction"], state["text"])
+
+    thread = threading.Thread(target=pass_on, daemon=True)
+    os.environ["NUCSEG_PROGRESS"] = str(path)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        del os.environ["NUCSEG_PROGRESS"]
 
 
 def _register_engine() -> None:
@@ -233,7 +232,7 @@ def _register_engine() -> None:
 def reproduce(
     parameters: Mapping[str, Any],
     folder: Path,
-    weights: Mapping[str, float],
+    minutes: Mapping[str, float],
     names: Sequence[str] = NOTEBOOKS,
     resume: str = "",
 ) -> list[Path]:
@@ -245,8 +244,8 @@ def reproduce(
         Parameters for every notebook, each of which must have them.
     folder
         Where the executed notebooks go.
-    weights
-        Expected minutes of each notebook, which the bar's lengths follow; a name of none is a ValueError.
+    minutes
+        Those expected of each notebook, which the bar's lengths follow; a name of none is a ValueError.
     names
         The notebooks to run, in this order.
     resume
@@ -254,28 +253,27 @@ def reproduce(
     """
     from tqdm import tqdm
 
-    for name in weights:
+    for name in minutes:
         check_name("minutes", name, NOTEBOOKS)
     paths = [find(name) for name in names]
     for path in paths:  # a bad parameter is found before the first minute is spent
         check_parameters(path, parameters)
-    total = sum(weights.get(path.stem, 1.0) for path in paths)
+    total = sum(minutes.get(path.stem, 1.0) for path in paths)
     pages, before = [], 0.0
     bar_format = "{percentage:3.0f} %|{bar:24}| {elapsed} {desc}"
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file is not for watching
     with tqdm(total=total, bar_format=bar_format, mininterval=interval, miniters=0, dynamic_ncols=True) as bar:
         for number, path in enumerate(paths, 1):
-            weight = weights.get(path.stem, 1.0)
-
+            share = minutes.get(path.stem, 1.0)
             label = f"{number}/{len(paths)} {path.stem}"
 
-            def show(done: float, text: str, label: str = label, start: float = before, weight: float = weight) -> None:
+            def show(done: float, text: str, label: str = label, start: float = before, share: float = share) -> None:
                 bar.set_description_str(f"{label}: {text}", refresh=False)
-                bar.update(max(0.0, start + weight * done - bar.n))
+                bar.update(max(0.0, start + share * done - bar.n))
 
             show(0.0, "starting the kernel")
             pages.append(execute(path, parameters, folder, show, resume))
-            before += weight
+            before += share
             bar.n = before
             bar.refresh()  # one line for each notebook at least
         bar.set_description_str("done")

@@ -15,8 +15,12 @@ from jaxtyping import install_import_hook
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, which torchvision does
 
-# Shapes in the annotations of tensor functions are enforced in tests, and in tests only.
-_TYPED = ("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models")
+# Shapes in the annotations of tensor functions are enforced in tests, and in tests only. Not in nucseg.kernels: Triton
+# reads its functions' source, and nothing else of the module.
+_TYPED = (
+    *("nucseg.encoders", "nucseg.augment", "nucseg.inference", "nucseg.gan", "nucseg.models", "nucseg.crops"),
+    *("nucseg.selection.kmeans", "nucseg.norm_act", "nucseg.figures.csingan", "nucseg.stain"),
+)
 if importlib.util.find_spec("beartype"):  # machines with a GPU and no network may lack it
     _hook = install_import_hook(_TYPED, "beartype.beartype")
 

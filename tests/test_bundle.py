@@ -190,6 +190,13 @@ def test_a_bundle_that_is_too_large_names_its_parts_and_leaves_nothing(data, pro
     assert not list(tmp_path.iterdir())
 
 
+def test_a_profile_below_the_home_folder_travels_too(data, profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(profile.parent))
+    made = make_bundle(tmp_path / "b", f"~/{profile.name}", str(data), wheels=(), fresh=True)
+    assert (made.folder / "profiles" / profile.name).is_file()
+    assert f"profile=profiles/{profile.name}\n" in (made.folder / "start.sh").read_text()
+
+
 def test_a_new_bundle_keeps_what_an_older_one_has_run_and_spares_other_folders(data, profile, tmp_path):
     folder = tmp_path / "b"
     make_bundle(folder, profile, str(data), wheels=(), fresh=True)
@@ -373,7 +380,7 @@ def test_unpacked_is_unpacked(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["site", "wheels"]
 
 
-# What an installation of torch, timm, scikit-image, scikit-learn, pandas, seaborn, typer and pytest has anyway.
+# What an installation of torch, timm, scikit-image, scikit-learn, pandas, matplotlib, typer and pytest has anyway.
 THERE = {
     *("attrs", "certifi", "charset-normalizer", "click", "idna", "jinja2", "markupsafe", "packaging", "psutil"),
     *("pygments", "python-dateutil", "pyyaml", "requests", "six", "tqdm", "typing-extensions", "urllib3"),

@@ -41,7 +41,8 @@ def no_op(place):
     return make
 
 
-def test_a_failure_that_takes_the_gpu_with_it_ends_the_run_and_not_all_experiments_after_it(place, monkeypatch):
+@pytest.mark.usefixtures("place")
+def test_a_failure_that_takes_the_gpu_with_it_ends_the_run_and_not_all_experiments_after_it(monkeypatch):
     plan = Plan(TINY, device="cpu")
     plan.pipeline.device = torch.device("cuda")
 
@@ -55,7 +56,8 @@ def test_a_failure_that_takes_the_gpu_with_it_ends_the_run_and_not_all_experimen
     assert list(plan.states().values()).count("failed") == 1
 
 
-def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(place, monkeypatch):
+@pytest.mark.usefixtures("place")
+def test_a_failed_experiment_keeps_its_traceback_and_waits_to_be_asked_again(monkeypatch):
     plan = Plan(TINY, device="cpu")
     tried = []
 
@@ -137,7 +139,8 @@ def test_stopping_at_stages_gives_the_results_of_one_go(small, tmp_path, monkeyp
     assert files["cut"] == files["whole"]
 
 
-def test_when_the_time_is_up_no_process_begins_a_stage_and_nothing_has_failed(small, place):
+@pytest.mark.usefixtures("place")
+def test_when_the_time_is_up_no_process_begins_a_stage_and_nothing_has_failed(small):
     plan = Plan(small[0], str(small[1]), device="cpu")
     assert plan.run(jobs=2, minutes=1e-9) == []
     assert set(plan.states().values()) == {"missing"}
@@ -342,7 +345,8 @@ def test_cluster_options_are_checked_before_anything_runs(no_op):
 # -- minutes to go ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_to_go_is_counted_by_stages_that_experiments_share(small, place):
+@pytest.mark.usefixtures("place")
+def test_what_is_to_go_is_counted_by_stages_that_experiments_share(small):
     plan = Plan(small[0], str(small[1]), device="cpu")
     to_go = plan.to_go()
     # rndcrop: 1; ours: 1 and a round more; full: 1. One random selection; CSinGAN with the selection before it.
@@ -365,7 +369,7 @@ def test_results_of_other_settings_are_named_in_the_status(no_op, place):
     assert "2 done with other settings (hoverlite.training.iterations 3, now 4): --again measures them anew" in changed
 
 
-def test_measured_runs_give_an_estimate(no_op, monkeypatch):
+def test_measured_runs_give_an_estimate(no_op):
     plan = no_op(3)
     plan.run()
     runs = plan.results_file.with_name("runs.csv")

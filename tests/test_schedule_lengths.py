@@ -52,7 +52,7 @@ def test_table_and_figure_show_every_length(run):
         assert words in text
 
 
-def test_seeds_are_averaged_and_their_spread_is_shown(run, monkeypatch):
+def test_seeds_are_averaged_and_their_spread_is_shown(run):
     frame = schedule_lengths.measure(run, ["III.full"], [1])
     both = frame.loc[[0, 0]].assign(**{"seed": [1, 2], "validation AJI": [0.2, 0.4]})
     assert "0.3000 ± 0.1414" in schedule_lengths.as_markdown(both, "x")
@@ -74,7 +74,8 @@ def test_lengths_that_are_none_and_rows_that_are_not_there_are_refused(run, row,
         schedule_lengths.measure(run, [row], parts)
 
 
-def test_without_validation_images_no_length_can_be_told_from_another(run, tmp_path):
+@pytest.mark.usefixtures("run")
+def test_without_validation_images_no_length_can_be_told_from_another(tmp_path):
     for folder in (tmp_path / "tiny" / "val").iterdir():
         for file in folder.iterdir():
             file.unlink()

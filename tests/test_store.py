@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -9,7 +8,6 @@ import time
 
 import pytest
 
-from nucseg.files import write_text
 from nucseg.store import OutOfTime, Result, Store, claimed, code_version, holder, home
 
 
@@ -161,13 +159,6 @@ def test_home_is_the_checkout_unless_told_otherwise(tmp_path, monkeypatch):
     assert home() == tmp_path.resolve()
     monkeypatch.delenv("NUCSEG_HOME")
     assert (home() / "notebooks").is_dir()
-
-
-def test_text_is_written_whole_or_not_at_all(tmp_path):
-    write_text(tmp_path / "new" / "a.json", json.dumps({"x": 1}))
-    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": 1}
-    assert os.listdir(tmp_path / "new") == ["a.json"]
-    assert time.time() - (tmp_path / "new" / "a.json").stat().st_mtime < 60
 
 
 def test_after_the_deadline_what_is_there_is_found_and_nothing_is_begun(tmp_path):

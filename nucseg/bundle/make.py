@@ -25,11 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nucseg
-from nucseg import models
+from nucseg import models, profiles
 from nucseg.bundle import wheels as wheel_files
 from nucseg.bundle.parts import BundleError, pack_data, pack_notebooks, pack_package, pack_weights, portable, write
 from nucseg.data import Dataset, load_dataset
-from nucseg.profiles import FOLDER, load_profile
 from nucseg.results.pack import NothingToPack, pack
 from nucseg.store import code_version
 
@@ -108,56 +107,68 @@ def make_bundle(
     nucseg.bundle.wheels.WheelError, nucseg.data.DataError, nucseg.encoders.EncoderError
         If a part cannot be had.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder, profile = Path(folder).expanduser().resolve(), Path(profile).expanduser()
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} holds other things than a bundle; name a new or an empty folder")
-    settings = load_profile(profile)
-    opened = load_dataset(dataset or settings.dataset, data_root or None)
+    settings = profiles.load_profile(profile)
+    name = dataset or settings.dataset
+    opened = load_dataset(name, data_root or None)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
-        pack_package(part)
-        pack_notebooks(part / "notebooks")
-        place = pack_data(opened, dataset or settings.dataset, part / "data")
-        starts = {models.encoder_of(name, settings.segmenter_encoder) for name in models.REGISTRY}
+        place = pack_data(opened, name, part / "data")
+        _write_package(part, profile, place, python)
+        starts = {models.encoder_of(segmenter, settings.segmenter_encoder) for segmenter in models.REGISTRY}
         for encoder in sorted({settings.encoder, settings.segmenter_encoder, *(starts & set(settings.weights))}):
             pack_weights(encoder, part / "weights", settings.weights.get(encoder), exact)
         wheel_files.fetch(wheels, part / "wheels", python)
         if not fresh:
             with contextlib.suppress(NothingToPack):
                 pack(part / SO_FAR, dataset=opened.name, limit_mb=limit_mb, numbers_only=True)
-        named = str(profile)
-        if named not in {path.stem for path in FOLDER.glob("*.yaml")}:
-            named = f"profiles/{Path(profile).name}"
-            write(part / named, portable(Path(profile).read_text()))
-        write(part / "start.sh", _start(named, place, python), 0o755)
         write(part / "LICENCES.txt", _licences(opened))
-        write(part / ".gitignore", "*\n")  # the images may not be published
-        sizes = dict.fromkeys(PARTS, 0)
-        for path in sorted(p for p in part.rglob("*") if p.is_file()):
-            sizes[_part_of(path.relative_to(part))] += path.stat().st_size
-        about = {
-            "profile": settings.name,
-            "dataset": opened.name,
-            "fingerprint": opened.fingerprint,
-            "nucseg": nucseg.__version__,
-            "code": code_version("nucseg"),
-            "python": python,
-            "sizes": sizes,
-        }
-        write(part / MANIFEST, json.dumps(about, indent=1))
-        write(part / "SHA256SUMS", _sums(part))
-        sizes["start"] += sum((part / name).stat().st_size for name in (MANIFEST, "SHA256SUMS"))
-        if sum(sizes.values()) > limit_mb * MB:
-            raise BundleError(
-                f"the bundle is larger than {limit_mb:g} MB:\n{_describe(sizes)}\nTake less: weights in 16 bits "
-                "(no --exact), no packages for notebooks (--wheel none); or allow more: --limit-mb"
-            )
-        _sane(part)
+        sizes = _seal(part, settings.name, opened, python, limit_mb)
         _move(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Bundle(folder, sizes, opened.fingerprint)
+
+
+def _write_package(part: Path, profile: Path, dataset: str, python: str) -> None:
+    """Write the code, and the start that runs a profile, the user's own included, with a dataset."""
+    pack_package(part)
+    pack_notebooks(part / "notebooks")
+    named = str(profile)
+    if named not in profiles.names():
+        named = f"profiles/{profile.name}"
+        write(part / named, portable(profile.read_text(encoding="utf-8")))
+    write(part / "start.sh", _start(named, dataset, python), 0o755)
+    write(part / ".gitignore", "*\n")  # the images may not be published
+
+
+def _seal(part: Path, profile: str, dataset: Dataset, python: str, limit_mb: float) -> dict[str, int]:
+    """Add what a finished bundle says of itself, and return the size of each of its parts, or refuse one too large."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for path in sorted(p for p in part.rglob("*") if p.is_file()):
+        sizes[_part_of(path.relative_to(part))] += path.stat().st_size
+    about = {
+        "profile": profile,
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "nucseg": nucseg.__version__,
+        "code": code_version("nucseg"),
+        "python": python,
+        "sizes": sizes,
+    }
+    write(part / MANIFEST, json.dumps(about, indent=1))
+    write(part / "SHA256SUMS", _sums(part))
+    sizes["start"] += sum((part / name).stat().st_size for name in (MANIFEST, "SHA256SUMS"))
+    if sum(sizes.values()) > limit_mb * MB:
+        raise BundleError(
+            f"the bundle is larger than {limit_mb:g} MB:\n{_describe(sizes)}\nTake less: weights in 16 bits "
+            "(no --exact), no packages for notebooks (--wheel none); or allow more: --limit-mb"
+        )
+    _sane(part)
+    return sizes
 
 
 # -- the start -------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def pack_package(folder: Path) -> None:
         if path.suffix in (".py", ".csv", ".md"):
             write(folder / "nucseg" / path.relative_to(source), path.read_bytes())
         elif path.suffix == ".yaml":
-            write(folder / "nucseg" / path.relative_to(source), portable(path.read_text()))
+            write(folder / "nucseg" / path.relative_to(source), portable(path.read_text(encoding="utf-8")))
     licence = source.parent / "LICENSE"
     if licence.is_file():
         write(folder / "LICENSE", licence.read_bytes())
@@ -49,7 +49,7 @@ def pack_notebooks(folder: Path) -> None:
         path = home() / "notebooks" / f"{name}.ipynb"
         if not path.is_file():
             raise BundleError(f"no notebook {path}: make bundles in a clone, or set NUCSEG_HOME to one")
-        notebook = json.loads(path.read_text())
+        notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
                 cell |= {"outputs": [], "execution_count": None}

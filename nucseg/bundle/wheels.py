@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# What stages need beyond torch, torchvision, timm, scikit-image, scikit-learn, pandas, seaborn and typer.
+# What stages need beyond torch, torchvision, timm, scikit-image, scikit-learn, pandas, matplotlib and typer.
 RUN = ("jaxtyping", "wadler-lindig", "defusedxml", "pooch", "platformdirs")
 # What notebooks need beyond that: papermill, a kernel, HTML. Left out although their packages name them, because
 # nothing here imports them: debugpy, jedi and parso (10 MB), and the front ends of ipywidgets. Later versions of

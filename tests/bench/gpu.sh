@@ -2,16 +2,27 @@
 # What only a GPU can say, in about ten minutes: the tests marked gpu, then the rates of GANs, segmenters, inference
 # and selection beside their peers. Each part is cut off at its share of the time, and what it had written stays.
 #
-#     bash tests/bench/gpu.sh FOLDER        (or: make gpu OUT=FOLDER)
+#     make gpu OUT=FOLDER                   with a network: installs nucseg and what tests need into .venv first
+#     bash tests/bench/gpu.sh FOLDER        with what is there
 #
-# Needs no installation: PYTHON names the interpreter, PYTHONPATH what it lacks; NUCSEG_DATA the real images, if any.
+# A machine without a network runs the second in a copy of this repository. PYTHON names the interpreter that has torch
+# and pytest, python3 if it is not set, and PYTHONPATH, by full paths, what that lacks: of an unpacked bundle (`nucseg
+# bundle`; its first start, such as `bash BUNDLE/start.sh status`, makes site/) that is
+#
+#     PYTHON=python3 PYTHONPATH=/path/to/BUNDLE/site bash tests/bench/gpu.sh FOLDER
+#
+# xdist makes it faster and beartype checks shapes where they are there. NUCSEG_DATA names the real images, if any
+# (/path/to/BUNDLE/data), NUCSEG_WEIGHTS the encoders' weights (/path/to/BUNDLE/weights) where no package holds them.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
 out=${1:?name a folder for the results}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
+cd "$(dirname "$0")/../.." || exit
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-mkdir -p "$out"
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' || exit 1
+"$python" -c '
+import jaxtyping, pytest, torch
+assert torch.cuda.is_available(), "no CUDA device"
+print(torch.cuda.get_device_name())' || exit 1
 
 part() {  # NAME SECONDS COMMAND...: run it, keep what it prints, go on whatever happens
   local name=$1 limit=$2 began=$SECONDS code=0
