@@ -137,12 +137,7 @@ def read(path: str | Path) -> list[Incoming]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        try:
-            results, runs = read_results(path / "results.csv"), read_runs(path / "runs.csv")
-        except ValueError as error:  # ResultsError names the file; pandas' own, for what is not a table, do not
-            raise (
-                error if isinstance(error, ResultsError) else ResultsError(f"{path}: not a table ({error})")
-            ) from error
+        results, runs = read_results(path / "results.csv"), read_runs(path / "runs.csv")
         return [_incoming(path, name, rows, runs, {}) for name, rows in results.groupby("profile")]
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}")
@@ -199,7 +194,7 @@ def _tables(path: Path, results: bytes | None, runs: bytes | None) -> tuple[pd.D
             (Path(scratch) / name).write_bytes(content)
         try:
             return read_results(Path(scratch) / "results.csv"), read_runs(Path(scratch) / "runs.csv")
-        except ValueError as error:  # ResultsError, and pandas' own for what is not a table
+        except ResultsError as error:
             raise ResultsError(f"{path}: {str(error).replace(f'{scratch}{os.sep}', '')}") from error
 
 
