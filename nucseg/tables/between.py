@@ -38,7 +38,7 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     first, second
         Names of profiles, or paths of their YAML files; results are read from ``tables/<profile>/results.csv``.
     dataset
-        Name of the dataset.
+        Name of the dataset, or its folder.
     reference
         Id of a row, such as ``"III.full"``: then every row of the first is compared with this row of the second.
 
@@ -54,6 +54,7 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     ResultsError
         If there are no results, the profiles' data differ, or no row is in both.
     """
+    dataset = Path(dataset).name  # as results.csv has it
     mine, theirs = (measured_of(profile, dataset) for profile in (first, second))
     my_data, their_data = (_lines_of(found)["fingerprint"].iloc[0] for found in (mine, theirs))
     if my_data != their_data:
@@ -118,9 +119,10 @@ def of_seeds(one: Measured, seeds: set[int]) -> Measured:
 
 def write(first: str, second: str, dataset: str, reference: str = "") -> tuple[Path, ...]:
     """Call `compare`; write ``against_<second>_<dataset>`` as CSV and Markdown beside the first profile's tables."""
+    dataset = Path(dataset).name
     frame = compare(first, second, dataset, reference)
     names = [load_profile(name).name for name in (first, second)]
-    folder, file = published("tables", names[0]), f"against_{names[1]}_{Path(dataset).name}"
+    folder, file = published("tables", names[0]), f"against_{names[1]}_{dataset}"
     file += f"_{reference.replace('.', '-')}" if reference else ""
     caption = f"{names[0]} (first) and {names[1]} (second) on {named(dataset)}"
     paths = folder / f"{file}.csv", folder / f"{file}.md"
