@@ -327,12 +327,14 @@ def strategy_table(results: pd.DataFrame, dataset: str, settings: GridSettings) 
     return _table(TABLE, title, frame, results, dataset, settings)
 
 
-def budget_table(results: pd.DataFrame, dataset: str, settings: GridSettings) -> Table | None:
-    """Return Table B, or None where no strategy has been run."""
+def budget_table(
+    results: pd.DataFrame, dataset: str, settings: GridSettings, images: int | None = None
+) -> Table | None:
+    """Return Table B, or None where no strategy has been run; `images` is as for `budget_experiments`."""
     frame = budget_frame(results, dataset, settings)
     if not len(frame) or set(frame["id"]) == {f"{BUDGET}.all"}:
         return None
-    planned, found = budget_experiments(dataset, settings), check_results(results)
+    planned, found = budget_experiments(dataset, settings, images), check_results(results)
     done = set(found[list(EXPERIMENT)].itertuples(index=False, name=None))
     count = sum(astuple(e) in done for e in planned)
     note = f"{count} of {len(planned)} planned experiments were run."
