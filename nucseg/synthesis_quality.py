@@ -29,11 +29,14 @@ from nucseg.paper import row, rows
 from nucseg.patches import Patch
 from nucseg.pipeline import Pair, Pipeline
 from nucseg.progress import task
+from nucseg.stages import MASK_CODE
 from nucseg.store import Result, published
 from nucseg.tables.formats import Cell, markdown
 
 REAL = "real"
 SYSTEMS = {REAL: "real patches", **{each.key: each.label for each in rows("II")}}
+# The modules whose code makes what `measured` keeps, beside its inputs; the stages' test sees that none is left out.
+CODE = ("nucseg.synthesis_quality", "nucseg.gan.quality", "nucseg.augment", *MASK_CODE)
 HELD_OUT = 8  # real patches for each annotated one: half to compare with, half as the system "real"
 
 # measure -> heading and the better end: "low", "high", "one" (nearest to 1), or None
@@ -169,8 +172,8 @@ def measured(run: Pipeline, system: str) -> Result:
         (folder / "measures.json").write_text(json.dumps(lines))
 
     what = (system, run.profile.mask_count, run.profile.augment if system == "naive" else None, HELD_OUT, ours.seed)
-    code = ["nucseg.synthesis_quality", "nucseg.gan.quality", "nucseg.augment"]
-    return run.store.get("synthesis-quality", (*what, run.device.type), make, inputs, code)
+    what = (*what, run.profile.masks.min_area, run.device.type)
+    return run.store.get("synthesis-quality", what, make, inputs, CODE)
 
 
 def compare(run: Pipeline) -> pd.DataFrame:
