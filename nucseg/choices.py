@@ -17,12 +17,12 @@ from skimage.color import rgb2hed
 from skimage.measure import regionprops_table
 
 from nucseg import figures
-from nucseg.beyond import strategy_experiments
 from nucseg.experiments import Experiment
 from nucseg.figures.choices import figure_choices
 from nucseg.files import write_text
 from nucseg.masks import touching_share
 from nucseg.pipeline import Pipeline
+from nucseg.plans import strategy_experiments
 from nucseg.progress import task
 from nucseg.results import EXPERIMENT, ResultsError, read_results
 from nucseg.selection import coverage, redundancy

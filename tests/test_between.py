@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from test_tables import lines_of
 
-from nucseg.beyond import budget_experiments
 from nucseg.experiments import experiments_of
 from nucseg.paper import row
+from nucseg.plans import budget_experiments
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError
 from nucseg.stats import paired_tests, seed_test

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import lines_of
 from PIL import Image
-from test_beyond import lines_of
 
 from nucseg import choices
-from nucseg.beyond import strategy_experiments
 from nucseg.data import Dataset, load_dataset
 from nucseg.figures.choices import figure_choices
 from nucseg.pipeline import Pipeline
+from nucseg.plans import strategy_experiments
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError
 from nucseg.store import published

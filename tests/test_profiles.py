@@ -3,12 +3,12 @@ import dataclasses
 import pytest
 import yaml
 
-from nucseg.beyond import experiments
 from nucseg.config import ConfigError
 from nucseg.encoders import EncoderError
 from nucseg.experiments import grid
 from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
+from nucseg.plans import experiments
 from nucseg.profiles import FOLDER, Mix, absolute_arguments, load_profile, names
 
 PROFILES = [

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from made_up import lines_of
 from PIL import Image
-from test_beyond import lines_of
 
-from nucseg.beyond import experiments
 from nucseg.paper import TABLES, rows
+from nucseg.plans import experiments
 from nucseg.profiles import load_profile
 from nucseg.results import read_results
 from nucseg.stats import paired_tests

@@ -1,7 +1,7 @@
 """Beyond the paper: label-budget curves, a forest plot of all rows, and the mean ranks of the strategies.
 
-Each function takes what `nucseg.beyond` and `nucseg.tables.forest` computed and returns a matplotlib figure; none
-reads or writes a file. Colours are Okabe and Ito's, which colour-blind readers tell apart, and nothing is told by
+Each function takes what `nucseg.tables.strategies` and `nucseg.tables.forest` computed and returns a matplotlib figure;
+none reads or writes a file. Colours are Okabe and Ito's, which colour-blind readers tell apart, and nothing is told by
 colour alone.
 """
 
@@ -20,10 +20,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from PIL import Image
 
-from nucseg.beyond import REFERENCE, BudgetCurve
 from nucseg.figures.style import colour_of
+from nucseg.outcomes import NOT_IN_PROFILE, REFERENCE, BudgetCurve
 from nucseg.stats import RankTest
-from nucseg.tables import NOT_IN_PROFILE
 
 INK, GREY, FAINT = "0.2", "0.55", "0.85"
 BLUE, GREEN, VERMILION = "#0072B2", "#009E73", "#D55E00"

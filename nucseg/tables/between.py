@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg import beyond
 from nucseg.files import write_text
 from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError, read_results, read_runs
 from nucseg.stats import holm, paired_tests
 from nucseg.store import published
-from nucseg.tables import formats
+from nucseg.tables import formats, strategies
 from nucseg.tables.notes import OVER_SEEDS, data_of
 from nucseg.tables.table import Measured, measure, named, over_seeds, paired
 
@@ -90,7 +89,7 @@ def measured_of(profile: str, dataset: str) -> dict[str, Measured]:
         raise ResultsError(f"{path}: no results on {dataset!r}; nucseg run --profile {profile} --dataset {dataset}")
     runs = read_runs(path.with_name("runs.csv")) if path.with_name("runs.csv").is_file() else None
     found = {one.row.id: one for table in TABLES for one in measure(rows(table), lines, dataset, settings.grid, runs)}
-    found |= {one.row.id: one for one in beyond.measured(lines, dataset, settings.grid, runs)}
+    found |= {one.row.id: one for one in strategies.measured(lines, dataset, settings.grid, runs)}
     return {name: one for name, one in found.items() if one.found}
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nucseg.beyond import REFERENCE
+from nucseg.outcomes import REFERENCE
 from nucseg.profiles import load_profile
 from nucseg.tables.between import measured_of, of_seeds
 from nucseg.tables.table import DATASET_NAMES, Measured, over_seeds

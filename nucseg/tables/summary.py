@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg import beyond
 from nucseg.experiments import Experiment, GridSettings
 from nucseg.paper import TABLES, Row, rows
 from nucseg.profiles import load_profile
@@ -28,6 +27,7 @@ from nucseg.results import read_results, read_runs
 from nucseg.results.settings import teachers
 from nucseg.store import published
 from nucseg.tables import DATASET_NAMES, Measured, measure
+from nucseg.tables.strategies import budget_frame
 from nucseg.tables.words import arm_in_words
 
 HEADER = (
@@ -74,7 +74,7 @@ def _beyond(
     """Return the lines of Tables S and B: every strategy and budget, but those whose runs are all in a line `shown`."""
     settings, taught = load_profile(profile).grid, teachers(runs)
     lines = []
-    for _, arm in beyond.budget_frame(results, dataset, settings).iterrows():
+    for _, arm in budget_frame(results, dataset, settings).iterrows():
         full = arm["id"] == "B.all"
         of_arm = [run for run in results["run_id"].unique() if run[:8] in arm["runs"].split()]
         if any(set(of_arm) <= runs_of_line for runs_of_line in shown):
