@@ -16,11 +16,10 @@ from scipy.stats import spearmanr, t
 from skimage.color import rgb2hed
 from skimage.measure import regionprops_table
 
-from nucseg import figures
 from nucseg.experiments import Experiment
 from nucseg.figures.choices import figure_choices
-from nucseg.files import write_text
 from nucseg.masks import touching_share
+from nucseg.outcomes import signed
 from nucseg.pipeline import Pipeline
 from nucseg.plans import strategy_experiments
 from nucseg.progress import task
@@ -30,6 +29,7 @@ from nucseg.stats import holm
 from nucseg.store import published
 from nucseg.tables import named
 from nucseg.tables.formats import Cell, markdown
+from nucseg.tables.publish import publish
 
 MEASURES = {
     "nuclei": "nuclei to outline",
@@ -152,7 +152,7 @@ def as_markdown(frame: pd.DataFrame, caption: str, rounds: int = 0) -> str:
     body = [[Cell("AJI"), Cell(""), Cell(""), Cell(""), *(Cell(f"{value:.3f}") for value in means["AJI"])]]
     for line in table.to_dict("records"):
         name = line["measure"]
-        numbers = [_signed(line["rho"]), _signed(line["rho within"])]
+        numbers = [signed(line["rho"], 2), signed(line["rho within"], 2)]
         p = "" if np.isnan(line["P within"]) else f"{line['P within']:.2g} ({line['P within Holm']:.2g})"
         body.append([Cell(text) for text in (MEASURES[name], *numbers, p, *(f"{v:.3g}" for v in means[name]))])
     after = f"{rounds} round{'s' * (rounds > 1)} on unlabelled images" if rounds else "no pseudo labels"
@@ -160,24 +160,15 @@ def as_markdown(frame: pd.DataFrame, caption: str, rounds: int = 0) -> str:
     return markdown(caption, header, body, [note.format(**told) for note in NOTES])
 
 
-def _signed(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:+.2f}".replace("-", "−")
-
-
 def write(run: Pipeline) -> tuple[Path, ...]:
     """Write ``choices_<dataset>.csv`` and ``.md`` beside the tables, and a figure with the best and worst choice."""
     frame, name = measure(run), Path(run.dataset.name).name
-    folder = published("tables", run.profile.name)
-    write_text(folder / f"choices_{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
     n = f"{len(frame)} choices of {run.profile.ours(run.dataset.name).k1} patches"
     caption = f"What the better choices of patches have in common ({named(name)}, {run.profile.name}, {n})"
-    write_text(folder / f"choices_{name}.md", as_markdown(frame, caption, run.profile.grid.strategy_rounds))
     shown = {}
     for title, index in (("best", frame["AJI"].idxmax()), ("worst", frame["AJI"].idxmin())):
         line = frame.loc[index]
         experiment = run.experiment(selection=line["strategy"], augmentation="naive", rounds=0, seed=int(line["seed"]))
         shown[f"{title}: {line['strategy']}, AJI {line['AJI']:.3f}"] = [image for image, _ in run.annotated(experiment)]
-    picture = run.figure_path("choices")
     drawn = figure_choices(frame, correlations(frame), MEASURES, shown)
-    figures.save(drawn, picture, run.signature(), sorted(set(frame["run_id"])))
-    return folder / f"choices_{name}.csv", folder / f"choices_{name}.md", picture
+    return publish(run, "choices", frame, as_markdown(frame, caption, run.profile.grid.strategy_rounds), drawn)

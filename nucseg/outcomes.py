@@ -11,6 +11,15 @@ NOT_YET = "not run yet"
 REFERENCE = "random-crop"  # the strategy that every other one is compared with
 
 
+def signed(value: float, digits: int, none: str = "") -> str:
+    """Return a number with its sign, the minus one of print; `none` where there is no number.
+
+    >>> signed(-0.0214, 3)
+    '−0.021'
+    """
+    return none if pd.isna(value) else f"{value:+.{digits}f}".replace("-", "−")
+
+
 class BudgetCurve(NamedTuple):
     """Scores against what was annotated.
 

@@ -27,7 +27,7 @@ STAGES = {
 # Its module also draws and writes, and asks for its inputs, whose keys (with their code) are part of its own.
 NEUTRAL_TO = {
     "synthesis quality": {
-        *("nucseg.figures", "nucseg.figures.synthesis", "nucseg.tables.formats", "nucseg.files"),
+        *("nucseg.figures.synthesis", "nucseg.tables.formats", "nucseg.tables.publish"),
         *("nucseg.pipeline", "nucseg.stages", "nucseg.experiments", "nucseg.paper", "nucseg.paper.rows"),
         *("nucseg.encoders", "nucseg.gan"),
     }

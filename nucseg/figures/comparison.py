@@ -21,7 +21,7 @@ from matplotlib.transforms import blended_transform_factory
 from PIL import Image
 
 from nucseg.figures.style import colour_of
-from nucseg.outcomes import NOT_IN_PROFILE, REFERENCE, BudgetCurve
+from nucseg.outcomes import NOT_IN_PROFILE, REFERENCE, BudgetCurve, signed
 from nucseg.stats import RankTest
 
 INK, GREY, FAINT = "0.2", "0.55", "0.85"
@@ -254,7 +254,7 @@ def _forest_row(axis: Axes, y: int, line: pd.Series, beside) -> None:
 
 
 def _signed(value: float) -> str:
-    return "0" if round(value, 3) == 0 else f"{value:+.3f}".replace("-", "−")
+    return "0" if round(value, 3) == 0 else signed(value, 3)
 
 
 # -- critical-difference diagram -------------------------------------------------------------------------------

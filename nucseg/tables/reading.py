@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nucseg.outcomes import REFERENCE
+from nucseg.outcomes import REFERENCE, signed
 from nucseg.profiles import load_profile
 from nucseg.tables.between import measured_of, of_seeds
 from nucseg.tables.table import DATASET_NAMES, Measured, over_seeds
@@ -109,8 +109,8 @@ def _mean(one: Measured) -> str:
 
 def _difference(one: Measured, other: Measured) -> str:
     test = over_seeds(one, other)
-    low, high = (f"{value:+.3f}".replace("-", "−") for value in (test.ci_low, test.ci_high))
-    return f"{test.mean_difference:+.3f} ({low} to {high})".replace("-", "−")
+    difference, low, high = (signed(value, 3, "n/a") for value in test[:3])
+    return f"{difference} ({low} to {high})"
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
