@@ -33,7 +33,7 @@ def row(table, name):
 
 def test_the_page_is_what_the_committed_results_give():
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "tables", "docs"], cwd=PAGE.parent.parent, capture_output=True, text=True
+        ["git", "status", "--porcelain", "--", "tables"], cwd=PAGE.parent.parent, capture_output=True, text=True
     )
     if changed.returncode or changed.stdout:
         pytest.skip("tables/ is not as committed: results were measured anew here (make readme shows them)")
