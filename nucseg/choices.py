@@ -16,19 +16,20 @@ from scipy.stats import spearmanr, t
 from skimage.color import rgb2hed
 from skimage.measure import regionprops_table
 
-from nucseg import figures
 from nucseg.experiments import Experiment
 from nucseg.figures.choices import figure_choices
-from nucseg.files import write_text
 from nucseg.masks import touching_share
+from nucseg.outcomes import signed
 from nucseg.pipeline import Pipeline
+from nucseg.plans import strategy_experiments
 from nucseg.progress import task
-from nucseg.results import ResultsError, read_results
+from nucseg.results import EXPERIMENT, ResultsError, read_results
 from nucseg.selection import coverage, redundancy
 from nucseg.stats import holm
 from nucseg.store import published
 from nucseg.tables import named
 from nucseg.tables.formats import Cell, markdown
+from nucseg.tables.publish import publish
 
 MEASURES = {
     "nuclei": "nuclei to outline",
@@ -44,7 +45,7 @@ MEASURES = {
 }
 NOTES = (
     "ρ: Spearman's rank correlation with the AJI of the segmenter that learnt from the choice, naive augmentation and "
-    "no pseudo labels; over all choices, and within strategies: ranks of what remains when each strategy's mean is "
+    "{rounds}; over all choices, and within strategies: ranks of what remains when each strategy's mean is "
     "taken away from both. A choice of the same patches with several seeds counts once, with the mean of their AJI: "
     "{distinct} of {all}. P of the latter (t, with one degree of freedom less for each strategy), in brackets after "
     "Holm's correction over the rows of this table.",
@@ -93,23 +94,20 @@ def measure(run: Pipeline) -> pd.DataFrame:
     hint = f"nucseg run --profile {run.profile.name} --dataset {name} --table S"
     if len(lines) and set(lines["fingerprint"]) != {run.dataset.fingerprint}:
         raise ResultsError(f"{path}: made from another version of {name} than the one at hand; measure anew: {hint}")
-    k1, k2 = run.profile.ours(name).k1, run.profile.grid.k2
-    if len(lines):
-        alone = (lines["augmentation"] == "naive") & (lines["rounds"] == 0) & (lines["k1"] == k1)
-        lines = lines[alone & (lines["selection"] != "random-centre-crop")]  # those lie beside the pool's grid
-    groups = list(lines.groupby(["selection", "seed"], sort=False)) if len(lines) else []
-    if len(groups) < 10 or lines["selection"].nunique() < 2:
+    planned = {e: e for e in strategy_experiments(name, run.profile.grid)}
+    keys = lines.groupby(list(EXPERIMENT), sort=False) if len(lines) else ()
+    groups = [(planned[e], group) for key, group in keys if (e := Experiment(*key)) in planned]
+    groups = [(e, group) for e, group in groups if e.selection != "random-centre-crop"]  # beside the pool's grid
+    if len(groups) < 10 or len({e.selection for e, _ in groups}) < 2:
         raise ResultsError(f"{path}: {len(groups)} choices of patches on {name}; ten by two strategies are too few for "
                            f"a correlation, and fewer are none: {hint}")  # fmt: skip
     found = []
     with task("describing choices", len(groups)) as progress:
-        for i, ((strategy, seed), group) in enumerate(groups):
-            experiment = run.experiment(
-                selection=strategy, k1=k1, k2=k2, augmentation="naive", rounds=0, seed=int(seed)
-            )
-            about = {"strategy": strategy, "seed": int(seed), "AJI": float(f"{group['aji'].mean():.6g}")}
-            found.append({**about, **describe(run, experiment), "run_id": group["run_id"].iloc[0]})
-            progress.update(i + 1, f"{strategy}, seed {seed}")
+        for i, (e, group) in enumerate(groups):
+            last = group[group["round"] == e.rounds]
+            about = {"strategy": e.selection, "seed": e.seed, "AJI": float(f"{last['aji'].mean():.6g}")}
+            found.append({**about, **describe(run, e), "run_id": last["run_id"].iloc[0]})
+            progress.update(i + 1, f"{e.selection}, seed {e.seed}")
     return pd.DataFrame(found)
 
 
@@ -143,39 +141,34 @@ def correlations(frame: pd.DataFrame) -> pd.DataFrame:
     return table.loc[order].reset_index(drop=True)
 
 
-def as_markdown(frame: pd.DataFrame, caption: str) -> str:
-    """Return the correlations as Markdown, with the mean of each measure by strategy beside them."""
+def as_markdown(frame: pd.DataFrame, caption: str, rounds: int = 0) -> str:
+    """Return the correlations as Markdown, with the mean of each measure by strategy beside them.
+
+    `rounds` on unlabelled images lie between a choice and its AJI.
+    """
     table, means = correlations(frame), frame.groupby("strategy")[["AJI", *MEASURES]].mean()
     means = means.sort_values("AJI", ascending=False)
     header = ["property of the patches", "ρ", "ρ within strategies", "P", *(f"mean of {name}" for name in means.index)]
     body = [[Cell("AJI"), Cell(""), Cell(""), Cell(""), *(Cell(f"{value:.3f}") for value in means["AJI"])]]
     for line in table.to_dict("records"):
         name = line["measure"]
-        numbers = [_signed(line["rho"]), _signed(line["rho within"])]
+        numbers = [signed(line["rho"], 2), signed(line["rho within"], 2)]
         p = "" if np.isnan(line["P within"]) else f"{line['P within']:.2g} ({line['P within Holm']:.2g})"
         body.append([Cell(text) for text in (MEASURES[name], *numbers, p, *(f"{v:.3g}" for v in means[name]))])
-    counts = {"distinct": len(distinct(frame)), "all": len(frame)}
-    return markdown(caption, header, body, [note.format(**counts) for note in NOTES])
-
-
-def _signed(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:+.2f}".replace("-", "−")
+    after = f"{rounds} round{'s' * (rounds > 1)} on unlabelled images" if rounds else "no pseudo labels"
+    told = {"distinct": len(distinct(frame)), "all": len(frame), "rounds": after}
+    return markdown(caption, header, body, [note.format(**told) for note in NOTES])
 
 
 def write(run: Pipeline) -> tuple[Path, ...]:
     """Write ``choices_<dataset>.csv`` and ``.md`` beside the tables, and a figure with the best and worst choice."""
     frame, name = measure(run), Path(run.dataset.name).name
-    folder = published("tables", run.profile.name)
-    write_text(folder / f"choices_{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
     n = f"{len(frame)} choices of {run.profile.ours(run.dataset.name).k1} patches"
     caption = f"What the better choices of patches have in common ({named(name)}, {run.profile.name}, {n})"
-    write_text(folder / f"choices_{name}.md", as_markdown(frame, caption))
     shown = {}
     for title, index in (("best", frame["AJI"].idxmax()), ("worst", frame["AJI"].idxmin())):
         line = frame.loc[index]
         experiment = run.experiment(selection=line["strategy"], augmentation="naive", rounds=0, seed=int(line["seed"]))
         shown[f"{title}: {line['strategy']}, AJI {line['AJI']:.3f}"] = [image for image, _ in run.annotated(experiment)]
-    picture = run.figure_path("choices")
     drawn = figure_choices(frame, correlations(frame), MEASURES, shown)
-    figures.save(drawn, picture, run.signature(), sorted(set(frame["run_id"]))[:1])
-    return folder / f"choices_{name}.csv", folder / f"choices_{name}.md", picture
+    return publish(run, "choices", frame, as_markdown(frame, caption, run.profile.grid.strategy_rounds), drawn)

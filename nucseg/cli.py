@@ -7,14 +7,15 @@ import warnings
 
 from nucseg import messages
 from nucseg.commands import machines, paper, slides  # each registers its commands
-from nucseg.commands.options import ROMAN, app
+from nucseg.commands.options import app
+from nucseg.paper import BEYOND, TABLES
 
 __all__ = ["app", "machines", "main", "paper", "slides"]
 
 
 def _spread(words: list[str]) -> list[str]:
     """Read ``--table 1 2`` as ``--table 1 --table 2``; no other option has a table's number behind its value."""
-    tables, spread = (*"123456", *ROMAN, "S", "B"), []
+    tables, spread = (*"123456", *TABLES, *BEYOND), []
     for word in words:
         option = spread[-2] if len(spread) > 1 else ""
         one_more = option in ("--table", "-t") and word.upper() in tables

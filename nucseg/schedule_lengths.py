@@ -16,17 +16,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg import figures, paper
+from nucseg import paper
 from nucseg.config import ConfigError, nearest
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.schedules import schedule_plot
-from nucseg.files import write_text
+from nucseg.outcomes import signed
 from nucseg.paper import TABLES, row
 from nucseg.pipeline import Pipeline
 from nucseg.progress import task
-from nucseg.store import OutOfTime, published
+from nucseg.store import OutOfTime
 from nucseg.tables import named
 from nucseg.tables.formats import Cell, markdown
+from nucseg.tables.publish import publish
 
 ROWS = ("III.rndcrop-naive", "III.full")  # little to learn from, and much
 PARTS = (0.25, 0.5, 1.0, 2.0)
@@ -134,9 +135,8 @@ def as_markdown(frame: pd.DataFrame, caption: str) -> str:
     body = []
     for line in summary(frame).to_dict("records"):
         spread = "" if np.isnan(line["sd"]) else f" ± {line['sd']:.4f}"
-        gain = "" if np.isnan(line["gain"]) else f"{line['gain']:+.4f}".replace("-", "−")
         texts = [_title(line["row"], line["segmenter"]), f"{line['part']:g}", f"{line['iterations']:,}"]
-        texts += [f"{line['mean']:.4f}{spread}", gain, str(line["seeds"]), f"{line['seconds']:.0f}"]
+        texts += [f"{line['mean']:.4f}{spread}", signed(line["gain"], 4), str(line["seeds"]), f"{line['seconds']:.0f}"]
         body.append([Cell(text) for text in texts])
     header = ["row", "length", "iterations", "validation AJI", "gain", "seeds", "seconds a training"]
     return markdown(caption, header, body, NOTES)
@@ -159,11 +159,6 @@ def write(run: Pipeline, *arguments, **more) -> tuple[Path, ...]:
     frame, name = measure(run, *arguments, **more), Path(run.dataset.name).name
     if not len(frame):
         raise OutOfTime("not a single training was finished in this time: give it more minutes")
-    folder = published("tables", run.profile.name)
-    write_text(folder / f"schedules_{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
     caption = f"Length of the schedules ({named(name)}, {run.profile.name})"
-    write_text(folder / f"schedules_{name}.md", as_markdown(frame, caption))
     drawn = schedule_plot(frame.assign(row=list(map(_title, frame["row"], frame["segmenter"]))))
-    picture = run.figure_path("schedules")
-    figures.save(drawn, picture, run.signature(), sorted(set(frame["run_id"])))
-    return folder / f"schedules_{name}.csv", folder / f"schedules_{name}.md", picture
+    return publish(run, "schedules", frame, as_markdown(frame, caption), drawn)

@@ -17,23 +17,26 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nucseg import figures, gan
+from nucseg import gan
 from nucseg.augment import augment
 from nucseg.encoders import Encoder
 from nucseg.experiments import Experiment, experiments_of
 from nucseg.figures.synthesis import figure_systems
-from nucseg.files import write_text
 from nucseg.gan.quality import assess, colour_contrast
 from nucseg.masks import holds_nucleus
 from nucseg.paper import row, rows
 from nucseg.patches import Patch
 from nucseg.pipeline import Pair, Pipeline
 from nucseg.progress import task
-from nucseg.store import Result, published
+from nucseg.stages import MASK_CODE
+from nucseg.store import Result
 from nucseg.tables.formats import Cell, markdown
+from nucseg.tables.publish import publish
 
 REAL = "real"
 SYSTEMS = {REAL: "real patches", **{each.key: each.label for each in rows("II")}}
+# The modules whose code makes what `measured` keeps, beside its inputs; the stages' test sees that none is left out.
+CODE = ("nucseg.synthesis_quality", "nucseg.gan.quality", "nucseg.augment", *MASK_CODE)
 HELD_OUT = 8  # real patches for each annotated one: half to compare with, half as the system "real"
 
 # measure -> heading and the better end: "low", "high", "one" (nearest to 1), or None
@@ -169,8 +172,8 @@ def measured(run: Pipeline, system: str) -> Result:
         (folder / "measures.json").write_text(json.dumps(lines))
 
     what = (system, run.profile.mask_count, run.profile.augment if system == "naive" else None, HELD_OUT, ours.seed)
-    code = ["nucseg.synthesis_quality", "nucseg.gan.quality", "nucseg.augment"]
-    return run.store.get("synthesis-quality", (*what, run.device.type), make, inputs, code)
+    what = (*what, run.profile.masks.min_area, run.device.type)
+    return run.store.get("synthesis-quality", what, make, inputs, CODE)
 
 
 def compare(run: Pipeline) -> pd.DataFrame:
@@ -210,15 +213,9 @@ def as_markdown(frame: pd.DataFrame, caption: str) -> str:
 
 def write(run: Pipeline) -> tuple[Path, ...]:
     """Measure all systems; write ``synthesis_<dataset>.csv`` and ``.md`` beside the tables, and the figure."""
-    frame, name = compare(run), Path(run.dataset.name).name
-    folder = published("tables", run.profile.name)
-    write_text(folder / f"synthesis_{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
+    frame = compare(run)
     caption = f"The images of Table II's systems ({run.dataset.name}, {run.profile.name})"
-    write_text(folder / f"synthesis_{name}.md", as_markdown(frame, caption))
-    picture = run.figure_path("synthesis")
-    ids = sorted(set(frame["run_id"]))
-    figures.save(figure(run), picture, run.signature(), ids, dpi=90, colours=256)
-    return folder / f"synthesis_{name}.csv", folder / f"synthesis_{name}.md", picture
+    return publish(run, "synthesis", frame, as_markdown(frame, caption), figure(run), dpi=90, colours=256)
 
 
 def figure(run: Pipeline, patches: int = 4):

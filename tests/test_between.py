@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from test_tables import lines_of
 
-from nucseg.beyond import budget_experiments
 from nucseg.experiments import experiments_of
 from nucseg.paper import row
+from nucseg.plans import budget_experiments
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError
 from nucseg.stats import paired_tests, seed_test
@@ -116,3 +116,11 @@ def test_the_table_names_the_other_row_only_where_it_is_another(place):
     _, other = write("sample-teacher", "sample-seeds", "kumar", "III.full")
     assert other.name == "against_sample-seeds_kumar_III-full.md"
     assert "| against |" in other.read_text()
+
+
+def test_a_folder_of_images_is_found_by_its_name(place, tmp_path):
+    expected, _ = write("sample-teacher", "sample-seeds", "kumar")
+    text = expected.read_bytes()
+    for folder in ("./kumar", tmp_path / "kumar", "somewhere/kumar/"):
+        found, _ = write("sample-teacher", "sample-seeds", str(folder))
+        assert (found, found.read_bytes()) == (expected, text)

@@ -5,13 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import lines_of
+from PIL import Image
 
 from nucseg import choices
 from nucseg.data import Dataset, load_dataset
 from nucseg.figures.choices import figure_choices
 from nucseg.pipeline import Pipeline
+from nucseg.plans import strategy_experiments
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError
+from nucseg.store import published
 
 
 def made_up(seeds=12):
@@ -98,3 +102,36 @@ def test_choices_are_described_by_their_own_patches(run):
 def test_too_few_choices_say_what_makes_more(run):
     with pytest.raises(ResultsError, match="nucseg run --profile sample --dataset tissue --table S"):
         choices.measure(run)
+
+
+@pytest.fixture
+def with_results(run, monkeypatch):
+    """Results of two strategies and four seeds, and lines that are no choice of Table S; nothing is described."""
+    monkeypatch.setattr(choices, "describe", lambda *_: dict.fromkeys(choices.MEASURES, 1.0))
+    monkeypatch.setattr(run, "annotated", lambda _: [(np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), np.int32))])
+    grid = replace(run.profile.grid, strategies=("cps", "kmeans"), random_seeds=(21, 100, 500, 1000))
+    run.profile = replace(run.profile, grid=grid)
+    plan = strategy_experiments("tissue", grid)
+    others = [replace(plan[0], k2=8), replace(plan[0], segmenter="maskrcnn"), replace(plan[0], seed=1)]
+    lines = [lines_of(e, [0.5, 0.7], run_id=f"{e.selection}-{e.seed}") for e in plan]
+    lines += [lines_of(e, [0.0, 0.0]) for e in others]
+    path = published("tables", run.profile.name) / "results.csv"
+    path.parent.mkdir(parents=True)
+    changes = {"profile": run.profile.name, "fingerprint": run.dataset.fingerprint}
+    pd.concat(lines).assign(**changes).to_csv(path, index=False)
+    return run, plan
+
+
+def test_only_the_experiments_of_table_s_are_choices(with_results):
+    run, plan = with_results
+    frame = choices.measure(run)
+    assert list(zip(frame["strategy"], frame["seed"], strict=True)) == [(e.selection, e.seed) for e in plan]
+    assert (frame["AJI"] == 0.6).all()
+
+
+def test_the_figure_names_every_run_that_it_shows(with_results):
+    run, plan = with_results
+    csv, _, picture = choices.write(run)
+    with Image.open(picture) as opened:
+        assert set(opened.text["Source"].split()) == set(pd.read_csv(csv)["run_id"])
+    assert len(pd.read_csv(csv)) == len(plan) == 12

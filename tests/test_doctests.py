@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ("metrics", "stats", "labels", "patches", "selection.selection")
+MODULES = ("metrics", "stats", "labels", "outcomes", "patches", "selection.selection")
 
 
 @pytest.mark.parametrize("name", MODULES)

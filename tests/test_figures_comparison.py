@@ -9,9 +9,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from nucseg.beyond import BudgetCurve
 from nucseg.figures.comparison import BLUE, FAINT, VERMILION, budget_curves, forest_plot, png, rank_plot
 from nucseg.figures.style import colour_of
+from nucseg.outcomes import BudgetCurve
 from nucseg.selection import STRATEGIES
 from nucseg.stats import friedman_nemenyi
 

@@ -229,17 +229,11 @@ def test_a_patch_with_the_rim_of_a_nucleus_alone_is_not_laid_out_either(dataset,
     assert len(pipeline.masks(ours)) == len(rest)
 
 
-<<<<<<< HEAD
-def test_pseudo_labelled_crops_may_differ_in_size(pipeline, ours, rows, dataset, monkeypatch):
+def test_pseudo_labelled_crops_may_differ_in_size(pipeline, ours, dataset, monkeypatch):
     places, heights = [(1, 5, 7), (0, 0, 3)], (32, 48)
     crops = [dataset.train[i].image[r : r + h, c : c + 40] for (i, r, c), h in zip(places, heights, strict=True)]
     pairs = [(crop, np.full(crop.shape[:2], crop.shape[0], np.int32)) for crop in crops]
     monkeypatch.setattr(stages, "pseudo_pairs", lambda *_: PseudoLabels(pairs, places, 2, {}))
-=======
-def test_pseudo_labelled_crops_may_differ_in_size(pipeline, ours, dataset, monkeypatch):
-    pairs = [(np.full((h, 40, 3), h, np.uint8), np.full((h, 40), h, np.int32)) for h in (32, 48)]
-    monkeypatch.setattr(stages, "pseudo_pairs", lambda *_: PseudoLabels(pairs, [], 2, {}))
->>>>>>> w3
     other = with_pseudo(pipeline, dataset, crops=3)
     found = other.pseudo(ours, 1)
     assert [labels.shape for _, labels in found] == [(32, 40), (48, 40)]

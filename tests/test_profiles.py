@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nucseg.beyond import experiments
 from nucseg.config import ConfigError
 from nucseg.encoders import EncoderError
 from nucseg.experiments import grid
 from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
+from nucseg.plans import experiments
 from nucseg.profiles import FOLDER, Mix, absolute_arguments, load_profile, names
 
 ROOT = Path(__file__).parent.parent

@@ -1,15 +1,16 @@
 """From results.csv to everything a reader sees, without images. All numbers here are made up."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from made_up import lines_of
 from PIL import Image
-from test_beyond import lines_of
 
-from nucseg.beyond import experiments
 from nucseg.paper import TABLES, rows
+from nucseg.plans import experiments
 from nucseg.profiles import load_profile
 from nucseg.results import read_results
 from nucseg.stats import paired_tests
@@ -60,6 +61,21 @@ def test_everything_is_made_from_the_results_alone(place):
         assert picture.text["Description"] == report.signature
         assert set(picture.text["Source"].split()) == set(lines["run_id"])
     assert "synthetic" in report.signature
+
+
+def test_of_ones_own_images_no_more_centre_crops_are_planned_than_there_are_images(place):
+    grid = replace(PROFILE.grid, k1={"slides": 6}, budget_strategies=("*",))
+    planned = experiments(["B"], "slides", grid, images=4)
+    lines = [lines_of(e, [0.3, 0.4], profile="sample", run_id=f"{k:08x}") for k, e in enumerate(planned)]
+    lines = pd.concat(lines, ignore_index=True)
+    lines.to_csv(place / "results.csv", index=False)
+    full = lines.loc[lines["selection"] == "all", "run_id"].iloc[0]
+    config = {"experiment": {"dataset": "slides", "selection": "all"}, "pairs": {"real": 4}}
+    run = {"run_id": full, "started": "", "seconds": 1, "device": "", "versions": "", "peak_gpu_mb": None}
+    pd.DataFrame([{**run, "config": json.dumps(config)}]).to_csv(place / "runs.csv", index=False)
+    report = make_report(replace(PROFILE, grid=grid), "slides")
+    assert tuple(report.progress.loc["B"]) == (len(planned), len(planned))
+    assert f"{len(planned)} of {len(planned)} planned experiments were run." in report.tables["B"].notes
 
 
 def test_half_a_grid_shows_what_is_there(place):

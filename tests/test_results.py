@@ -107,3 +107,12 @@ def test_runs_are_read_strictly_and_a_cpu_has_no_gpu_memory(tmp_path):
     pd.DataFrame([line]).drop(columns="config").to_csv(tmp_path / "runs.csv", index=False)
     with pytest.raises(ResultsError, match=r"missing column\(s\) config"):
         read_runs(tmp_path / "runs.csv")
+
+
+@pytest.mark.parametrize("read", [read_results, read_runs])
+@pytest.mark.parametrize("content", [b"", b'run_id,config\n1,"cut he', b"\xff\xfe\x00"])
+def test_a_file_that_is_no_table_is_named_and_copied_again(tmp_path, read, content):
+    path = tmp_path / "some.csv"
+    path.write_bytes(content)
+    with pytest.raises(ResultsError, match=r"some\.csv: not a table \(.*\); copy it again"):
+        read(path)

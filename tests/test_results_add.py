@@ -206,14 +206,14 @@ def test_tables_that_do_not_fit_together_are_refused(tmp_path):
         add([zip_of(path, {**members, "tiny/runs.csv": other_runs})])
     with pytest.raises(ResultsError, match=r"a\.zip: results\.csv: aji is 2"):
         add([zip_of(path, members_of(made_up(1, aji=(2.0, 0.5))))])
-    with pytest.raises(ResultsError, match=r"a\.zip: "):
+    with pytest.raises(ResultsError, match=r"a\.zip: results\.csv: not a table"):
         add([zip_of(path, {**members, "tiny/results.csv": b"\xff\xfe\x00"})])
 
 
 def test_a_folder_with_something_else_in_its_tables_is_refused(tmp_path):
     folder = folder_of(tmp_path / "a", made_up(1))
     (folder / "runs.csv").write_bytes(b"")
-    with pytest.raises(ResultsError, match="a: not a table"):
+    with pytest.raises(ResultsError, match=r"a/runs\.csv: not a table \(.*; copy it again"):
         add([folder])
     (folder / "runs.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"runs\.csv"):

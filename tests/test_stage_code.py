@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nucseg
-from nucseg import stages
+from nucseg import stages, synthesis_quality
 
 ROOT = Path(nucseg.__file__).parent
 # What can change no number: messages, checks of settings, progress bars, types, and where things lie.
@@ -22,6 +22,15 @@ STAGES = {
     "taught model": stages.TEACHER_CODE,
     "pseudo": stages.PSEUDO_CODE,
     "evaluation": stages.EVALUATION_CODE,
+    "synthesis quality": synthesis_quality.CODE,
+}
+# Its module also draws and writes, and asks for its inputs, whose keys (with their code) are part of its own.
+NEUTRAL_TO = {
+    "synthesis quality": {
+        *("nucseg.figures.synthesis", "nucseg.tables.formats", "nucseg.tables.publish"),
+        *("nucseg.pipeline", "nucseg.stages", "nucseg.experiments", "nucseg.paper", "nucseg.paper.rows"),
+        *("nucseg.encoders", "nucseg.gan"),
+    }
 }
 
 
@@ -58,10 +67,10 @@ def test_whatever_a_stages_code_imports_is_part_of_its_key(stage):
     assert named, "the list names no module"
     missing = {}
     for module in sorted(named):
-        beyond = imported_by(module) - named - NEUTRAL
+        beyond = imported_by(module) - named - NEUTRAL - NEUTRAL_TO.get(stage, set())
         if beyond:
             missing[module] = sorted(beyond)
-    assert not missing, f"add these to the code of the stage {stage!r} in nucseg.stages, or to NEUTRAL here: {missing}"
+    assert not missing, f"add these to the code of {stage!r}, or to NEUTRAL here: {missing}"
 
 
 def test_the_search_sees_imports_of_packages_modules_and_names():

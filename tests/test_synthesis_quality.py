@@ -1,5 +1,8 @@
 """The comparison of Table II's systems: fair patches to compare with, every system measured, nothing passed over."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +11,7 @@ import torch
 from nucseg import synthesis_quality
 from nucseg.figures.synthesis import figure_systems
 from nucseg.patches import Patch
+from nucseg.profiles import load_profile
 
 
 @pytest.fixture
@@ -86,14 +90,12 @@ def test_a_system_with_too_few_pictures_is_refused():
 
 
 def test_every_system_is_measured_on_the_smallest_profile(tmp_path, monkeypatch):
-    from dataclasses import replace
     from pathlib import Path
 
     from nucseg.gan.cyclegan import CycleGANConfig
     from nucseg.gan.pix2pix import Pix2PixConfig
     from nucseg.gan.singan import SinGANConfig
     from nucseg.pipeline import Pipeline
-    from nucseg.profiles import load_profile
 
     class Colours(torch.nn.Module):  # instead of an encoder: thousands of windows go through it
         def __init__(self, name, weights):
@@ -122,3 +124,21 @@ def test_every_system_is_measured_on_the_smallest_profile(tmp_path, monkeypatch)
     assert table.loc["real", "colour_background"] < table.loc["csingan", "colour_background"]
     assert "CSinGAN(w/o CwD)" in page.read_text()
     assert picture.stat().st_size > 10_000
+
+
+def test_what_decides_which_patches_hold_nuclei_is_part_of_the_key():
+    def key(min_area):
+        profile = load_profile("sample")
+        stored = SimpleNamespace(key="k")
+        run = SimpleNamespace(
+            profile=replace(profile, masks=replace(profile.masks, min_area=min_area)),
+            dataset=SimpleNamespace(name="tissue"),
+            device=torch.device("cpu"),
+            experiment=lambda **changes: replace(profile.ours("tissue"), **changes),
+            selected=lambda _: stored,
+            trained=lambda _: stored,
+            store=SimpleNamespace(get=lambda stage, what, make, inputs, code: (what, inputs)),
+        )
+        return synthesis_quality.measured(run, "real")
+
+    assert key(10) == key(10) != key(11)

@@ -13,11 +13,12 @@ import pytest
 from scipy import stats
 
 from nucseg.experiments import GridSettings, experiments_of, grid
+from nucseg.outcomes import NOT_IN_PROFILE, NOT_YET
 from nucseg.paper import TABLES, rows
 from nucseg.results import SCORES, ResultsError, check_results, empty_results
 from nucseg.stats import holm, paired_tests, seed_test
-from nucseg.tables import NOT_IN_PROFILE, NOT_YET, make_table, make_tables, measure, over_seeds, write_table
 from nucseg.tables import formats as table_formats
+from nucseg.tables import make_table, make_tables, measure, over_seeds, write_table
 from nucseg.tables.notes import needed_t
 from nucseg.tables.side_by_side import table_4_of_all
 

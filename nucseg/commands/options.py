@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nucseg.config import ConfigError
+from nucseg.paper import BEYOND, TABLES
 
 app = typer.Typer(
     help="The nucseg command: rerun the paper, or find out which patches of your own images to outline.",
@@ -39,15 +40,13 @@ TableOption = Annotated[
     ),
 ]
 
-ROMAN = ("I", "II", "III", "IV", "V", "VI")
-
 
 def chosen_tables(names: list[str] | None) -> tuple[str, ...]:
     """Turn 1 or i into I, and nothing into all six; S is the comparison beyond the paper."""
     chosen = []
-    for name in re.split(r"[,\s]+", " ".join(names or ROMAN)):
-        roman = ROMAN[int(name) - 1] if name in {"1", "2", "3", "4", "5", "6"} else name.upper()
-        if roman not in (*ROMAN, "S", "B"):
+    for name in re.split(r"[,\s]+", " ".join(names or TABLES)):
+        roman = TABLES[int(name) - 1] if name in {"1", "2", "3", "4", "5", "6"} else name.upper()
+        if roman not in (*TABLES, *BEYOND):
             raise ConfigError(f"no table {name!r}; the paper has I to VI, S compares all strategies, B their budgets")
         chosen.append(roman)
     return tuple(dict.fromkeys(chosen))

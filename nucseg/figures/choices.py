@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nucseg.figures.style import colour_of
+from nucseg.outcomes import signed
 
 PANELS = 4  # properties that are drawn: those with the strongest correlations
 
@@ -42,8 +43,8 @@ def figure_choices(
                 mine[name], mine["AJI"], "o", ms=4, alpha=0.75, color=colour_of(strategy), mec="none", label=strategy
             )
         rho = correlations.set_index("measure").loc[name]
-        signed = [f"{rho[column]:+.2f}".replace("-", "−") for column in ("rho", "rho within")]
-        axis.set_title(f"ρ {signed[0]}, within strategies {signed[1]}", fontsize=8)
+        every, within = (signed(rho[column], 2) for column in ("rho", "rho within"))
+        axis.set_title(f"ρ {every}, within strategies {within}", fontsize=8)
         axis.set_xlabel(textwrap.fill(words[name], 36), fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)

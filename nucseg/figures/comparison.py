@@ -1,7 +1,7 @@
 """Beyond the paper: label-budget curves, a forest plot of all rows, and the mean ranks of the strategies.
 
-Each function takes what `nucseg.beyond` and `nucseg.tables.forest` computed and returns a matplotlib figure; none
-reads or writes a file. Colours are Okabe and Ito's, which colour-blind readers tell apart, and nothing is told by
+Each function takes what `nucseg.tables.strategies` and `nucseg.tables.forest` computed and returns a matplotlib figure;
+none reads or writes a file. Colours are Okabe and Ito's, which colour-blind readers tell apart, and nothing is told by
 colour alone.
 """
 
@@ -20,10 +20,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 from PIL import Image
 
-from nucseg.beyond import REFERENCE, BudgetCurve
 from nucseg.figures.style import colour_of
+from nucseg.outcomes import NOT_IN_PROFILE, REFERENCE, BudgetCurve, signed
 from nucseg.stats import RankTest
-from nucseg.tables import NOT_IN_PROFILE
 
 INK, GREY, FAINT = "0.2", "0.55", "0.85"
 BLUE, GREEN, VERMILION = "#0072B2", "#009E73", "#D55E00"
@@ -255,7 +254,7 @@ def _forest_row(axis: Axes, y: int, line: pd.Series, beside) -> None:
 
 
 def _signed(value: float) -> str:
-    return "0" if round(value, 3) == 0 else f"{value:+.3f}".replace("-", "−")
+    return "0" if round(value, 3) == 0 else signed(value, 3)
 
 
 # -- critical-difference diagram -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from importlib import resources
 from nucseg.config import check_name
 
 TABLES = ("I", "II", "III", "IV", "V", "VI")
+BEYOND = ("S", "B")  # ours: every selection strategy on one budget, and on several (`nucseg.plans`)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from nucseg.results import (
     read_runs,
 )
 from nucseg.results.file import add_results
-from nucseg.results.pack import EXPERIMENT, MB, slug
+from nucseg.results.pack import EXPERIMENT_KEY, MB, slug
 from nucseg.results.settings import differences
 from nucseg.store import home, published
 
@@ -137,12 +137,7 @@ def read(path: str | Path) -> list[Incoming]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        try:
-            results, runs = read_results(path / "results.csv"), read_runs(path / "runs.csv")
-        except ValueError as error:  # ResultsError names the file; pandas' own, for what is not a table, do not
-            raise (
-                error if isinstance(error, ResultsError) else ResultsError(f"{path}: not a table ({error})")
-            ) from error
+        results, runs = read_results(path / "results.csv"), read_runs(path / "runs.csv")
         return [_incoming(path, name, rows, runs, {}) for name, rows in results.groupby("profile")]
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}")
@@ -199,7 +194,7 @@ def _tables(path: Path, results: bytes | None, runs: bytes | None) -> tuple[pd.D
             (Path(scratch) / name).write_bytes(content)
         try:
             return read_results(Path(scratch) / "results.csv"), read_runs(Path(scratch) / "runs.csv")
-        except ValueError as error:  # ResultsError, and pandas' own for what is not a table
+        except ResultsError as error:
             raise ResultsError(f"{path}: {str(error).replace(f'{scratch}{os.sep}', '')}") from error
 
 
@@ -232,9 +227,9 @@ def compare(old: pd.DataFrame, package: Incoming, replace_other: bool = False) -
                 f"{package.source}: made from another version of {dataset}: fingerprint {fingerprint}, but "
                 f"{here[dataset]} in tables/{package.profile}; results on different data cannot stand in one table"
             )
-    groups = dict(list(old.groupby(EXPERIMENT))) if len(old) else {}
+    groups = dict(list(old.groupby(EXPERIMENT_KEY))) if len(old) else {}
     taken, other = [], []
-    for key, new in rows.groupby(EXPERIMENT, sort=False) if len(rows) else ():
+    for key, new in rows.groupby(EXPERIMENT_KEY, sort=False) if len(rows) else ():
         difference = _difference(groups[key], new) if key in groups else None
         if key in groups and difference is None:
             added = replace(added, equal=added.equal + 1)
@@ -256,8 +251,8 @@ def compare(old: pd.DataFrame, package: Incoming, replace_other: bool = False) -
 
 def _with(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     """Return the known lines and the new ones, which stand in place of their experiments' older ones."""
-    experiments = set(new[EXPERIMENT].itertuples(index=False, name=None))
-    kept = [line not in experiments for line in old[EXPERIMENT].itertuples(index=False, name=None)]
+    experiments = set(new[EXPERIMENT_KEY].itertuples(index=False, name=None))
+    kept = [line not in experiments for line in old[EXPERIMENT_KEY].itertuples(index=False, name=None)]
     frames = [frame for frame in (old[kept], new) if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else old
 
@@ -285,7 +280,7 @@ def _difference(old: pd.DataFrame, new: pd.DataFrame) -> str | None:
 
 
 def _name(key: tuple) -> str:
-    return ", ".join(f"{name}={value}" for name, value in zip(EXPERIMENT, key, strict=True) if name != "profile")
+    return ", ".join(f"{name}={value}" for name, value in zip(EXPERIMENT_KEY, key, strict=True) if name != "profile")
 
 
 def _configs(profile: str) -> list[str]:

@@ -28,9 +28,9 @@ from nucseg.results import (
     read_results,
     read_runs,
 )
+from nucseg.results.frames import INTEGERS
 from nucseg.store import locked, published
 
-_COUNTS = ("k1", "k2", "rounds", "seed", "round", "best", "seen", "n_true", "n_pred")
 _SHARES = (*SCORES, "label_share")
 _IDENTITY = itemgetter(*(RESULT_COLUMNS.index(name) for name in ("profile", "encoder", *EXPERIMENT, "round")))
 _DATASET, _FINGERPRINT, _RUN = (RESULT_COLUMNS.index(name) for name in ("dataset", "fingerprint", "run_id"))
@@ -68,7 +68,7 @@ def add_results(frame: pd.DataFrame, runs: pd.DataFrame) -> None:
 
 def _checked(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the frame as `check_results` does, which is asked only where a glance finds something unusual."""
-    whole, shares = frame[[*_COUNTS]], frame[[*_SHARES]].to_numpy()
+    whole, shares = frame[[*INTEGERS]], frame[[*_SHARES]].to_numpy()
     usual = all(dtype.kind == "i" for dtype in whole.dtypes) and shares.dtype.kind == "f"
     if usual and (whole.to_numpy() >= 0).all() and ((shares >= 0) & (shares <= 1)).all() and _no_line_twice(frame):
         return frame[list(RESULT_COLUMNS)]

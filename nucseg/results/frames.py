@@ -22,7 +22,7 @@ from nucseg.experiments import Experiment
 EXPERIMENT = tuple(f.name for f in dataclasses.fields(Experiment))
 SCORES = ("dice", "aji", "aji_plus", "dq", "sq", "pq", "f1")
 COUNTED = "label_nuclei"  # the only number that may be missing
-_INTEGERS = ("k1", "k2", "rounds", "seed", "round", "best", "seen", "n_true", "n_pred")
+INTEGERS = ("k1", "k2", "rounds", "seed", "round", "best", "seen", "n_true", "n_pred")
 
 RESULT_COLUMNS = (
     *("profile", "dataset", "fingerprint", "selection", "k1", "k2", "augmentation", "segmenter", "encoder"),
@@ -30,7 +30,7 @@ RESULT_COLUMNS = (
     *SCORES,
     *("n_true", "n_pred", "run_id"),
 )
-TEXT = tuple(name for name in RESULT_COLUMNS if name not in (*_INTEGERS, *SCORES, "label_share", COUNTED))
+TEXT = tuple(name for name in RESULT_COLUMNS if name not in (*INTEGERS, *SCORES, "label_share", COUNTED))
 RUN_COLUMNS = ("run_id", "started", "seconds", "device", "versions", "peak_gpu_mb", "config")
 KEY = ("profile", "encoder", *EXPERIMENT, "round", "image_id")  # what must be there only once
 
@@ -47,18 +47,33 @@ def read_results(path: str | Path) -> pd.DataFrame:
     FileNotFoundError
         If it is not there.
     ResultsError
-        For missing or unknown columns (``label_nuclei`` may be missing, and then is empty), scores out of range, lines
-        that occur twice, or one dataset in two versions.
+        For a file that is no table, missing or unknown columns (``label_nuclei`` may be missing, and then is empty),
+        scores out of range, lines that occur twice, or one dataset in two versions.
     """
     # Names such as "01" and "NA" are text, and stay so.
-    frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False)
+    frame = _table(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False)
     return check_results(frame, str(path))
 
 
 def read_runs(path: str | Path) -> pd.DataFrame:
-    """Read a ``runs.csv``: run_id, started, seconds, device, versions, peak_gpu_mb (empty on a CPU), config as JSON."""
-    frame = pd.read_csv(path, dtype={name: str for name in RUN_COLUMNS if name not in ("seconds", "peak_gpu_mb")})
+    """Read a ``runs.csv``: run_id, started, seconds, device, versions, peak_gpu_mb (empty on a CPU), config as JSON.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    ResultsError
+        For a file that is no table, or missing or unknown columns.
+    """
+    frame = _table(path, dtype={name: str for name in RUN_COLUMNS if name not in ("seconds", "peak_gpu_mb")})
     return _columns(frame, RUN_COLUMNS, str(path))
+
+
+def _table(path: str | Path, **options) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, **options)
+    except ValueError as error:  # pandas' own, and of the text's encoding: neither names the file
+        raise ResultsError(f"{path}: not a table ({error}); copy it again") from error
 
 
 def merge_results(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
@@ -85,15 +100,15 @@ def check_results(frame: pd.DataFrame, where: str = "results") -> pd.DataFrame:
         frame = frame.assign(**{COUNTED: None})
     frame = _columns(frame, RESULT_COLUMNS, where)
     frame[COUNTED] = _counts(frame, where)
-    for name in (*_INTEGERS, *SCORES, "label_share"):
+    for name in (*INTEGERS, *SCORES, "label_share"):
         values = pd.to_numeric(frame[name], errors="coerce").astype(float)
-        bad = values.isna() | ((values < 0) if name in _INTEGERS else ~values.between(0, 1 + 1e-9))
-        if name in _INTEGERS:
+        bad = values.isna() | ((values < 0) if name in INTEGERS else ~values.between(0, 1 + 1e-9))
+        if name in INTEGERS:
             bad |= values != values.round()
         if bad.any():
             line = frame.loc[bad].iloc[0]
             raise ResultsError(f"{where}: {name} is {line[name]} for image {line['image_id']}, run {line['run_id']}")
-        frame[name] = values.astype("int64" if name in _INTEGERS else "float64")
+        frame[name] = values.astype("int64" if name in INTEGERS else "float64")
     for name in TEXT:
         frame[name] = frame[name].fillna("").astype(str)
     versions = frame.groupby("dataset")["fingerprint"].unique()

@@ -29,7 +29,7 @@ from nucseg.store import Store, home, published
 
 MB = 1_000_000
 CROP = 256  # side of what is shown of an image, in pixels
-EXPERIMENT = [name for name in KEY if name not in ("round", "image_id")]
+EXPERIMENT_KEY = [name for name in KEY if name not in ("round", "image_id")]
 
 
 class NothingToPack(ResultsError):
@@ -97,7 +97,7 @@ def pack(
             if len(results):
                 _put(zipped, f"{name}/results.csv", results.to_csv(index=False).encode())
                 _put(zipped, f"{name}/runs.csv", runs.to_csv(index=False).encode())
-            counts["experiments"] += len(results[EXPERIMENT].drop_duplicates())
+            counts["experiments"] += len(results[EXPERIMENT_KEY].drop_duplicates())
             counts["failed"] += len(failures)
             if numbers_only:
                 continue

@@ -59,6 +59,15 @@ def teachers(runs: pd.DataFrame) -> dict[str, str]:
     return found
 
 
+def training_images(runs: pd.DataFrame, dataset: str) -> int | None:
+    """Return on how many images of a dataset full supervision learnt; None where runs.csv has no such run."""
+    for config in runs["config"]:
+        experiment = experiment_of(config) or {}
+        if (experiment.get("dataset"), experiment.get("selection")) == (dataset, "all"):
+            return json.loads(config).get("pairs", {}).get("real")
+    return None
+
+
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():

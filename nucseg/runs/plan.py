@@ -20,11 +20,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from nucseg import beyond
 from nucseg.experiments import Experiment
 from nucseg.files import write_text
 from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
+from nucseg.plans import experiments
 from nucseg.profiles import absolute_arguments
 from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs
@@ -60,7 +60,7 @@ class Plan:
         self.arguments = (str(profile), dataset, data_root, device)
         self.pipeline = Pipeline(*self.arguments)
         name, settings = self.pipeline.dataset.name, self.pipeline.profile.grid
-        self.experiments = beyond.experiments(tables, name, settings, len(self.pipeline.dataset.train))
+        self.experiments = experiments(tables, name, settings, len(self.pipeline.dataset.train))
 
     @property
     def results_file(self) -> Path:

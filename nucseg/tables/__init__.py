@@ -1,13 +1,12 @@
 """Tables I to VI from results.csv alone, and what else a reader sees of it.
 
 `table` makes one table, `notes` and `formats` its footnotes and files; `side_by_side` is Table IV of all datasets,
-`forest` every comparison in one frame, `report` all of a profile's tables and figures, `summary` the README's table.
+`strategies` makes Tables S and B, `forest` holds every comparison in one frame, `report` all of a profile's tables and
+figures, `summary` the README's table.
 """
 
 from nucseg.tables.table import (
     DATASET_NAMES,
-    NOT_IN_PROFILE,
-    NOT_YET,
     Measured,
     Table,
     make_table,
@@ -23,8 +22,6 @@ from nucseg.tables.table import (
 
 __all__ = [
     "DATASET_NAMES",
-    "NOT_IN_PROFILE",
-    "NOT_YET",
     "Measured",
     "Table",
     "make_table",

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nucseg import beyond
 from nucseg.files import write_text
 from nucseg.paper import TABLES, rows
 from nucseg.profiles import load_profile
 from nucseg.results import ResultsError, read_results, read_runs
 from nucseg.stats import holm, paired_tests
 from nucseg.store import published
-from nucseg.tables import formats
+from nucseg.tables import formats, strategies
 from nucseg.tables.notes import OVER_SEEDS, data_of
 from nucseg.tables.table import Measured, measure, named, over_seeds, paired
 
@@ -38,7 +37,7 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     first, second
         Names of profiles, or paths of their YAML files; results are read from ``tables/<profile>/results.csv``.
     dataset
-        Name of the dataset.
+        Name of the dataset, or its folder.
     reference
         Id of a row, such as ``"III.full"``: then every row of the first is compared with this row of the second.
 
@@ -54,6 +53,7 @@ def compare(first: str, second: str, dataset: str, reference: str = "") -> pd.Da
     ResultsError
         If there are no results, the profiles' data differ, or no row is in both.
     """
+    dataset = Path(dataset).name  # as results.csv has it
     mine, theirs = (measured_of(profile, dataset) for profile in (first, second))
     my_data, their_data = (_lines_of(found)["fingerprint"].iloc[0] for found in (mine, theirs))
     if my_data != their_data:
@@ -89,7 +89,7 @@ def measured_of(profile: str, dataset: str) -> dict[str, Measured]:
         raise ResultsError(f"{path}: no results on {dataset!r}; nucseg run --profile {profile} --dataset {dataset}")
     runs = read_runs(path.with_name("runs.csv")) if path.with_name("runs.csv").is_file() else None
     found = {one.row.id: one for table in TABLES for one in measure(rows(table), lines, dataset, settings.grid, runs)}
-    found |= {one.row.id: one for one in beyond.measured(lines, dataset, settings.grid, runs)}
+    found |= {one.row.id: one for one in strategies.measured(lines, dataset, settings.grid, runs)}
     return {name: one for name, one in found.items() if one.found}
 
 
@@ -118,9 +118,10 @@ def of_seeds(one: Measured, seeds: set[int]) -> Measured:
 
 def write(first: str, second: str, dataset: str, reference: str = "") -> tuple[Path, ...]:
     """Call `compare`; write ``against_<second>_<dataset>`` as CSV and Markdown beside the first profile's tables."""
+    dataset = Path(dataset).name
     frame = compare(first, second, dataset, reference)
     names = [load_profile(name).name for name in (first, second)]
-    folder, file = published("tables", names[0]), f"against_{names[1]}_{Path(dataset).name}"
+    folder, file = published("tables", names[0]), f"against_{names[1]}_{dataset}"
     file += f"_{reference.replace('.', '-')}" if reference else ""
     caption = f"{names[0]} (first) and {names[1]} (second) on {named(dataset)}"
     paths = folder / f"{file}.csv", folder / f"{file}.md"

@@ -12,12 +12,14 @@ import re
 import numpy as np
 import pandas as pd
 
-from nucseg import beyond
 from nucseg.experiments import GridSettings
+from nucseg.outcomes import REFERENCE
 from nucseg.paper import TABLES, rows
+from nucseg.plans import TABLE
 from nucseg.results import check_results
 from nucseg.stats import paired_tests
 from nucseg.tables import Measured, measure, one_profile, over_seeds, paired, why_not_compared
+from nucseg.tables.strategies import strategy_frame
 
 DIFFERENCE = ("mean difference", "CI low", "CI high", "seeds CI low", "seeds CI high")
 _FULL = {"mrcnn-ours": "mrcnn", "hovernet-ours": "hovernet"}
@@ -57,11 +59,11 @@ def forest_frame(
         for one in measured:
             other = by_key.get(_reference(one) or "")
             made.append(_line(table, one, other))
-    strategies = beyond.strategy_frame(results, dataset, settings)
-    if len(strategies) and "mean difference" in strategies:
-        shown = strategies.reindex(columns=["row", "id", *DIFFERENCE, "images", "seeds"])
-        shown = shown.assign(table=beyond.TABLE, against=beyond.REFERENCE, why="")
-        own = shown["row"] == beyond.REFERENCE
+    ours = strategy_frame(results, dataset, settings)
+    if len(ours) and "mean difference" in ours:
+        shown = ours.reindex(columns=["row", "id", *DIFFERENCE, "images", "seeds"])
+        shown = shown.assign(table=TABLE, against=REFERENCE, why="")
+        own = shown["row"] == REFERENCE
         shown.loc[own, ["against", "why"]] = ["", "reference"]
         made += shown.to_dict("records")
     return pd.DataFrame(made, columns=["table", "row", "id", "against", *DIFFERENCE, "images", "seeds", "why"])

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from nucseg.outcomes import signed
+
 STYLE = """
 table.nucseg { border-collapse: collapse; font: 14px/1.4 sans-serif; font-variant-numeric: tabular-nums; }
 table.nucseg caption { text-align: left; font-weight: bold; padding: 0.5em 0; }
@@ -92,9 +94,9 @@ def _cell(name: str, line: pd.Series) -> Cell:
     if pd.isna(value):
         return Cell("")
     if name == "mean difference":
-        return Cell(f"{_signed(value)} [{_signed(line.get('CI low'))}, {_signed(line.get('CI high'))}]")
+        return Cell(f"{signed(value, 4)} {_interval(line.get('CI low'), line.get('CI high'))}")
     if name == "seeds p":
-        interval = f"[{_signed(line.get('seeds CI low'))}, {_signed(line.get('seeds CI high'))}]"
+        interval = _interval(line.get("seeds CI low"), line.get("seeds CI high"))
         return Cell(f"{interval} {value:.2g} ({line['seeds p Holm']:.2g})")
     if name in ("paired t", "Wilcoxon"):
         return Cell(f"{value:.2g}")
@@ -109,16 +111,16 @@ def _cell(name: str, line: pd.Series) -> Cell:
     if name.endswith("label share"):
         return Cell(f"~{value:.0%}" if name.startswith("paper") else f"{value:.2%}")
     if name == "effect size":
-        return Cell(f"{value:+.2f}".replace("-", "−"))
+        return Cell(signed(value, 2))
     if name.endswith("ours - paper"):
-        return Cell(_signed(value))
+        return Cell(signed(value, 4))
     spread = line.get(f"{name} sd")
     text = f"{value:.4f}" + ("" if spread is None or pd.isna(spread) else f" ± {spread:.4f}")
     return Cell(text, {1: "best", 2: "second"}.get(line.get(f"{name} rank"), ""))
 
 
-def _signed(value: float) -> str:
-    return "n/a" if pd.isna(value) else f"{value:+.4f}".replace("-", "−")
+def _interval(low: float, high: float) -> str:
+    return f"[{signed(low, 4, 'n/a')}, {signed(high, 4, 'n/a')}]"
 
 
 def markdown(caption: str, header: Sequence[str], body: Sequence[Sequence[Cell]], notes: Sequence[str]) -> str:

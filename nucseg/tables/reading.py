@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from nucseg.beyond import REFERENCE
+from nucseg.outcomes import REFERENCE, signed
 from nucseg.profiles import load_profile
 from nucseg.tables.between import measured_of, of_seeds
+from nucseg.tables.pages import rewrite
 from nucseg.tables.table import DATASET_NAMES, Measured, over_seeds
 from nucseg.tables.words import WORDS
 
@@ -109,31 +109,13 @@ def _mean(one: Measured) -> str:
 
 def _difference(one: Measured, other: Measured) -> str:
     test = over_seeds(one, other)
-    low, high = (f"{value:+.3f}".replace("-", "−") for value in (test.ci_low, test.ci_high))
-    return f"{test.mean_difference:+.3f} ({low} to {high})".replace("-", "−")
+    difference, low, high = (signed(value, 3, "n/a") for value in test[:3])
+    return f"{difference} ({low} to {high})"
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *lines])
 
 
-def with_tables(text: str) -> str:
-    """Return a page with the tables between their marks made anew.
-
-    Raises
-    ------
-    ValueError
-        If a mark is missing.
-    """
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"the page lacks the line {begin!r} or {end!r}, between which a table stands")
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{make()}\n{end}{rest.split(end, 1)[1]}"
-    return text
-
-
 if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(sys.argv[1:], TABLES, every=True)

@@ -11,15 +11,17 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nucseg import beyond
 from nucseg.data.tissue import SYNTHETIC_NOTE
 from nucseg.experiments import GridSettings
 from nucseg.figures import comparison, style
-from nucseg.paper import TABLES
+from nucseg.outcomes import NOT_IN_PROFILE
+from nucseg.paper import BEYOND, TABLES
+from nucseg.plans import BUDGET, TABLE, experiments
 from nucseg.profiles import Profile
 from nucseg.results import EXPERIMENT, read_results, read_runs
+from nucseg.results.settings import training_images
 from nucseg.store import published
-from nucseg.tables import NOT_IN_PROFILE, Table, make_tables, write_table
+from nucseg.tables import Table, make_tables, strategies, write_table
 from nucseg.tables.forest import forest_frame
 from nucseg.tables.showcase import showcase
 from nucseg.tables.side_by_side import table_4_of_all
@@ -107,14 +109,16 @@ def make_report(profile: Profile, dataset: str = "", folder: str | Path | None =
         )
     results = every[every["dataset"] == name]
     runs = read_runs(folder / "runs.csv") if (folder / "runs.csv").is_file() else None
+    mine = None if runs is None else runs[runs["run_id"].isin(set(results["run_id"]))]
+    images = None if mine is None else training_images(mine, name)
     tables = {table.number: table for table in make_tables(results, name, settings, runs=runs)}
     extra = {
         "IV of all": table_4_of_all(every, settings, runs),
-        beyond.TABLE: beyond.strategy_table(results, name, settings),
-        beyond.BUDGET: beyond.budget_table(results, name, settings),
+        TABLE: strategies.strategy_table(results, name, settings),
+        BUDGET: strategies.budget_table(results, name, settings, images),
     }
-    curves = [beyond.budget_curve(results, name, settings, against) for against in ("label_share", "label_nuclei")]
-    ranks = beyond.strategy_ranks(results, name, settings)
+    curves = [strategies.budget_curve(results, name, settings, against) for against in ("label_share", "label_nuclei")]
+    ranks = strategies.strategy_ranks(results, name, settings)
     forest = forest_frame(results, name, settings, runs)
     figures = {
         "forest": comparison.forest_plot(forest) if forest["mean difference"].notna().any() else None,
@@ -126,19 +130,19 @@ def make_report(profile: Profile, dataset: str = "", folder: str | Path | None =
         profile.name,
         name,
         results,
-        pd.DataFrame() if runs is None else runs[runs["run_id"].isin(set(results["run_id"]))],
-        _progress(results, name, settings),
+        pd.DataFrame() if mine is None else mine,
+        _progress(results, name, settings, images),
         tables | {key: table for key, table in extra.items() if table is not None},
         {key: figure for key, figure in figures.items() if figure is not None},
         _signature(results, profile.name, name),
     )
 
 
-def _progress(results: pd.DataFrame, dataset: str, settings: GridSettings) -> pd.DataFrame:
+def _progress(results: pd.DataFrame, dataset: str, settings: GridSettings, images: int | None) -> pd.DataFrame:
     done = set(results[list(EXPERIMENT)].itertuples(index=False, name=None))
     lines = []
-    for table in (*TABLES, beyond.TABLE, beyond.BUDGET):
-        planned = beyond.experiments([table], dataset, settings)
+    for table in (*TABLES, *BEYOND):
+        planned = experiments([table], dataset, settings, images)
         found = [e for e in planned if tuple(getattr(e, name) for name in EXPERIMENT) in done]
         lines.append({"table": table, "experiments": len(planned), "with results": len(found)})
     return pd.DataFrame(lines).set_index("table")

@@ -14,12 +14,10 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from nucseg import beyond
 from nucseg.experiments import Experiment, GridSettings
 from nucseg.paper import TABLES, Row, rows
 from nucseg.profiles import load_profile
@@ -28,6 +26,8 @@ from nucseg.results import read_results, read_runs
 from nucseg.results.settings import teachers
 from nucseg.store import published
 from nucseg.tables import DATASET_NAMES, Measured, measure
+from nucseg.tables.pages import rewrite
+from nucseg.tables.strategies import budget_frame
 from nucseg.tables.words import arm_in_words
 
 HEADER = (
@@ -60,12 +60,16 @@ def summary() -> pd.DataFrame:
                         arms.setdefault(one.planned, []).append(one)
             made = [_line(name, dataset, same, took, settings) for same in arms.values()]
             shown = [set(one.lines["run_id"]) for one, *_ in arms.values()]
-            more, known = _beyond(name, dataset, of_dataset, runs, took, shown), {line["arm"] for line in made}
+            more, known = _beyond(name, dataset, of_dataset, runs, took, shown), {_arm(line) for line in made}
             for line in more:  # Tables I to VI may show some seeds of an arm, and S and B all that were run
-                if line["arm"] in known:
-                    line["arm"] = " (all seeds), ".join(line["arm"].rsplit(", ", 1))
+                if _arm(line) in known:
+                    line["arm"] += " (all seeds)"
             lines += made + more
     return pd.DataFrame(lines)
+
+
+def _arm(line: dict[str, object]) -> tuple[object, object]:
+    return line["arm"], line["segmenter"]
 
 
 def _beyond(
@@ -74,7 +78,7 @@ def _beyond(
     """Return the lines of Tables S and B: every strategy and budget, but those whose runs are all in a line `shown`."""
     settings, taught = load_profile(profile).grid, teachers(runs)
     lines = []
-    for _, arm in beyond.budget_frame(results, dataset, settings).iterrows():
+    for _, arm in budget_frame(results, dataset, settings).iterrows():
         full = arm["id"] == "B.all"
         of_arm = [run for run in results["run_id"].unique() if run[:8] in arm["runs"].split()]
         if any(set(of_arm) <= runs_of_line for runs_of_line in shown):
@@ -87,7 +91,8 @@ def _beyond(
             {
                 "profile": profile,
                 "dataset": dataset,
-                "arm": f"{arm_in_words(key, 'naive', rounds, taught.get(of_arm[0], ''))}{budget}, {segmenter}",
+                "arm": f"{arm_in_words(key, 'naive', rounds, taught.get(of_arm[0], ''))}{budget}",
+                "segmenter": segmenter,
                 "labelled pixels": arm["ours label share"],
                 "seeds": arm["seeds"],
                 "first seed": int(results.loc[results["run_id"].isin(of_arm), "seed"].min()),
@@ -127,7 +132,8 @@ def _line(
     return {
         "profile": profile,
         "dataset": dataset,
-        "arm": f"{words}{_budget(e, settings)}, {e.segmenter}",
+        "arm": f"{words}{_budget(e, settings)}",
+        "segmenter": e.segmenter,
         "labelled pixels": first.mean("label_share")[0],
         "seeds": len(first.found),
         "first seed": min(e.seed for e in first.found),
@@ -177,15 +183,15 @@ def headline_markdown(frame: pd.DataFrame) -> str:
     head = (*head, "Dice", "minutes a run")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * 3}{'---:|' * 7}"]
     for _, one in frame.iterrows():
-        saw, segmenter = one["arm"].rsplit(", ", 1)
+        segmenter = one["segmenter"]
         cells = (
             DATASET_NAMES[one["dataset"]],
-            _plain(saw),
+            _plain(one["arm"]),
             SEGMENTERS.get(segmenter, segmenter),
             f"{one['labelled pixels']:.1%}",
             str(one["seeds"]),
             _with_spread(one),
-            _printed_cell(one, segmenter),
+            _printed_cell(one),
             _difference(one),
             f"{one['Dice']:.3f}",
             f"{one['minutes a run']:.1f}",
@@ -222,12 +228,12 @@ def _difference(one: pd.Series) -> str:
     return "" if np.isnan(one["difference"]) else f"{one['difference']:+.3f}"
 
 
-def _printed_cell(one: pd.Series, segmenter: str) -> str:
+def _printed_cell(one: pd.Series) -> str:
     """Return the paper's AJI, with its segmenter where that is another one."""
     if np.isnan(one["its AJI"]):
         return ""
     its = one["its segmenter"]
-    return f"{one['its AJI']:.3f}" + ("" if its == segmenter else f" ({SEGMENTERS.get(its, its)})")
+    return f"{one['its AJI']:.3f}" + ("" if its == one["segmenter"] else f" ({SEGMENTERS.get(its, its)})")
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -247,12 +253,12 @@ def _table(frame: pd.DataFrame, seeds: str) -> str:
         here = (f"`{one['profile']}`", DATASET_NAMES.get(one["dataset"], "built-in tissue"))
         cells = (
             *("" if here == above or (i == 0 and here[0] == above[0]) else text for i, text in enumerate(here)),
-            one["arm"],
+            f"{one['arm']}, {one['segmenter']}",
             f"{one['labelled pixels']:.1%}",
             str(one[seeds]),
             _with_spread(one),
             one["paper's row"],
-            _printed_cell(one, one["arm"].rsplit(", ", 1)[1]),
+            _printed_cell(one),
             _difference(one),
             f"{one['Dice']:.3f}",
             f"{one['minutes a run']:.1f}",
@@ -263,30 +269,9 @@ def _table(frame: pd.DataFrame, seeds: str) -> str:
     return "\n".join(lines)
 
 
+# ``headline`` stands in README, ``runs`` in docs/runs.md.
 MARKED = {"headline": lambda: headline_markdown(headline(summary())), "runs": lambda: markdown(summary())}
 
 
-def with_summary(text: str) -> str:
-    """Return a page with the tables between their marks made anew: ``headline`` in README, ``runs`` in docs/runs.md.
-
-    Raises
-    ------
-    ValueError
-        If the page has neither pair of marks, or only half of one.
-    """
-    found = False
-    for name, make in MARKED.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if (begin in text) != (end in text):
-            raise ValueError(f"the page lacks the line {begin!r} or {end!r}, between which a table stands")
-        if begin in text:
-            before, rest = text.split(begin, 1)
-            text, found = f"{before}{begin}\n{make()}\n{end}{rest.split(end, 1)[1]}", True
-    if not found:
-        raise ValueError(f"the page has no mark of a table: {', '.join(f'<!-- {name} -->' for name in MARKED)}")
-    return text
-
-
 if __name__ == "__main__":
-    for page in map(Path, sys.argv[1:]):
-        page.write_text(with_summary(page.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(sys.argv[1:], MARKED)

@@ -17,6 +17,7 @@ import pandas as pd
 
 from nucseg.experiments import Experiment, GridSettings, experiments_of
 from nucseg.files import write_text
+from nucseg.outcomes import NOT_IN_PROFILE, NOT_YET
 from nucseg.paper import TABLES, Row, rows
 from nucseg.results import (
     COUNTED,
@@ -30,8 +31,6 @@ from nucseg.stats import SeedTest, effect_size, holm, paired_tests, seed_test
 from nucseg.tables import formats
 from nucseg.tables import notes as table_notes
 
-NOT_IN_PROFILE = "not run in this profile"
-NOT_YET = "not run yet"
 DATASET_NAMES = {"kumar": "Kumar", "tnbc": "TNBC", "monuseg": "MoNuSeg"}
 METRIC_NAMES = {"aji": "AJI", "dice": "Dice", "aji_seen": "AJI-s", "aji_unseen": "AJI-u"}
 COMPARISON = (

@@ -1,127 +1,30 @@
-"""Beyond the paper: every selection strategy on the same footing, on one budget (Table S) and on several (Table B).
+"""Tables S and B, beyond the paper: every selection strategy on the same footing, on one budget and on several.
 
-The paper compares selections with CSinGAN behind them and one seed each. Here nothing stands between the choice and the
-segmenter but the naive augmentation (where a profile says so, rounds on unlabelled images too), and every strategy,
-the random ones included, runs over the same seeds: the question "does it matter which patches are annotated?" on its
-own. Table B asks it for several budgets, counted in pixels and in nuclei, because a patch full of nuclei costs a
-pathologist more than an empty one.
+"Does it matter which patches are annotated?" on its own: nothing is painted, and every strategy runs over the same
+seeds (`nucseg.plans`). Table B asks it for several budgets, counted in pixels and in nuclei, because a patch full of
+nuclei costs a pathologist more than an empty one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import astuple
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from nucseg.config import nearest
-from nucseg.data.layouts import rows
-from nucseg.data.tissue import SYNTHETIC_NOTE, splits
-from nucseg.experiments import Experiment, GridSettings, grid
+from nucseg.data.tissue import SYNTHETIC_NOTE
+from nucseg.experiments import Experiment, GridSettings
+from nucseg.outcomes import REFERENCE, BudgetCurve
 from nucseg.paper import Row, Spec
+from nucseg.plans import BUDGET, TABLE, budget_experiments, full_experiments, own_k1, strategy_experiments
 from nucseg.results import COUNTED, EXPERIMENT, ResultsError, check_results
 from nucseg.selection import STRATEGIES
 from nucseg.stats import RankTest, friedman_nemenyi, holm, paired_tests, seed_test
-from nucseg.tables import Measured, Table, measure, one_profile
 from nucseg.tables.notes import OVER_SEEDS, data_of
+from nucseg.tables.table import Measured, Table, measure, one_profile
 
-TABLE, BUDGET = "S", "B"
-REFERENCE = "random-crop"
 FEWEST_IMAGES = 6  # fewer cannot tell three systems apart
 _ARM = ["selection", "k1"]
-
-
-def experiments(
-    tables: Iterable[str], dataset: str, settings: GridSettings, images: int | None = None
-) -> tuple[Experiment, ...]:
-    """Return the distinct experiments of tables ``"I"`` to ``"VI"``, ``"S"`` and ``"B"``, each once.
-
-    `images` is the number of training images, where it is known: as `budget_experiments`.
-    """
-    tables = list(tables)
-    wanted = list(grid(dataset, settings, [table for table in tables if table not in (TABLE, BUDGET)]))
-    wanted += strategy_experiments(dataset, settings) if TABLE in tables else ()
-    wanted += budget_experiments(dataset, settings, images) if BUDGET in tables else ()
-    return tuple(dict.fromkeys(wanted))
-
-
-def strategy_experiments(dataset: str, settings: GridSettings) -> tuple[Experiment, ...]:
-    """Return one experiment per strategy and seed of the random baselines (Table S).
-
-    Raises
-    ------
-    ValueError
-        For an unknown strategy, or a dataset that `settings.k1` does not know.
-    """
-    return _arms(dataset, settings, _strategies(settings, "strategies"), [_k1(dataset, settings)])
-
-
-def budget_experiments(dataset: str, settings: GridSettings, images: int | None = None) -> tuple[Experiment, ...]:
-    """Return the experiments of the label-budget curve: strategies, budgets and seeds, and full supervision.
-
-    Parameters
-    ----------
-    dataset, settings
-        What to run on, and the profile's grid with `budget_grid` and `budget_strategies`.
-    images
-        Number of training images: a centre crop is one per image, so larger budgets of ``random-centre-crop`` cannot
-        be, and are left out. None: known for the datasets that come with the package; of others nothing is left out.
-
-    Raises
-    ------
-    ValueError
-        For an unknown strategy, or a dataset that `settings.k1` does not know.
-    """
-    k1 = _k1(dataset, settings)
-    budgets = sorted({max(1, int(k1 * part + 0.5)) for part in settings.budget_grid})
-    planned = _arms(dataset, settings, _strategies(settings, "budget_strategies"), budgets)
-    most = images or _training_images(dataset) or np.inf
-    planned = tuple(e for e in planned if e.selection != "random-centre-crop" or e.k1 <= most)
-    return (*planned, *_full(dataset, settings))
-
-
-def _full(dataset: str, settings: GridSettings) -> list[Experiment]:
-    segmenter = settings.substitutes.get("maskrcnn", "maskrcnn")
-    return [Experiment(dataset, "all", 0, 0, "naive", segmenter, settings.full_rounds, seed) for seed in settings.seeds]
-
-
-def _arms(
-    dataset: str, settings: GridSettings, strategies: Iterable[str], budgets: Sequence[int]
-) -> tuple[Experiment, ...]:
-    segmenter = settings.substitutes.get("maskrcnn", "maskrcnn")
-    return tuple(
-        Experiment(dataset, strategy, k1, settings.k2, "naive", segmenter, settings.strategy_rounds, seed)
-        for strategy in strategies
-        for k1 in budgets
-        for seed in settings.random_seeds
-    )
-
-
-def _training_images(dataset: str) -> int:
-    """Return how many training images a known dataset has, without reading one; 0 for others."""
-    return sum(image.split == "train" for image in (splits() if dataset == "tissue" else rows(dataset)))
-
-
-def _k1(dataset: str, settings: GridSettings) -> int:
-    if dataset not in settings.k1:
-        raise ValueError(f"k1: no K1 for dataset {dataset!r}, only for {', '.join(sorted(settings.k1))}; add one")
-    return settings.k1[dataset]
-
-
-def _strategies(settings: GridSettings, field: str) -> tuple[str, ...]:
-    """Return the strategies that a field of the settings names, random crops among them."""
-    wanted = getattr(settings, field)
-    if "*" in wanted:
-        return tuple(STRATEGIES)
-    for name in wanted:
-        if name not in STRATEGIES:
-            raise ValueError(f"{field}: unknown name {name!r}; {nearest(name, STRATEGIES)}")
-    return tuple(name for name in STRATEGIES if name in wanted or name == REFERENCE)
-
-
-# -- what was measured -----------------------------------------------------------------------------------------
 
 
 def measured(
@@ -131,7 +34,7 @@ def measured(
     plans: dict[str, list[Experiment]] = {}
     for e in strategy_experiments(dataset, settings):
         plans.setdefault(f"{TABLE}.{e.selection}", []).append(e)
-    plans[f"{BUDGET}.all"] = _full(dataset, settings)
+    plans[f"{BUDGET}.all"] = full_experiments(dataset, settings)
     rows = []
     for name, (first, *_) in plans.items():
         table, key = name.split(".")
@@ -232,7 +135,7 @@ def strategy_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) 
         If the results hold several profiles, an experiment twice (two encoders), or with other images than the rest.
     """
     lines = _lines(results, dataset, settings)
-    frame = _frame(lines[lines["k1"] == _k1(dataset, settings)], TABLE, settings)
+    frame = _frame(lines[lines["k1"] == own_k1(dataset, settings)], TABLE, settings)
     return frame.sort_values("ours AJI", ascending=False, ignore_index=True) if len(frame) else frame
 
 
@@ -252,31 +155,6 @@ def budget_frame(results: pd.DataFrame, dataset: str, settings: GridSettings) ->
         ["last", "best", *_ARM]
     )
     return frame.loc[order.index].reset_index(drop=True)
-
-
-class BudgetCurve(NamedTuple):
-    """Scores against what was annotated.
-
-    Attributes
-    ----------
-    against
-        ``"label_share"`` (part of the training pixels) or ``"label_nuclei"``.
-    points
-        One line per strategy and budget: selection, k1, ``x`` (mean over seeds), ``mean`` (over images, then seeds),
-        ``low`` and ``high`` (worst and best seed), ``sd`` over seeds, ``seeds``.
-    full
-        Mean, worst and best seed of full supervision; NaN where it was not run.
-    images
-        Test images behind each mean.
-    left_out
-        Experiments without a place on the x axis, because their nuclei were not counted.
-    """
-
-    against: str
-    points: pd.DataFrame
-    full: tuple[float, float, float]
-    images: int
-    left_out: int
 
 
 def budget_curve(
@@ -310,7 +188,7 @@ def strategy_ranks(results: pd.DataFrame, dataset: str, settings: GridSettings) 
     chosen is not in it.
     """
     lines = _lines(results, dataset, settings)
-    lines = lines[lines["k1"] == _k1(dataset, settings)]
+    lines = lines[lines["k1"] == own_k1(dataset, settings)]
     scores = lines.groupby(["image_id", "selection"])["aji"].mean().unstack()
     if scores.shape[1] < 3 or len(scores) < FEWEST_IMAGES:
         return None
@@ -327,12 +205,14 @@ def strategy_table(results: pd.DataFrame, dataset: str, settings: GridSettings) 
     return _table(TABLE, title, frame, results, dataset, settings)
 
 
-def budget_table(results: pd.DataFrame, dataset: str, settings: GridSettings) -> Table | None:
-    """Return Table B, or None where no strategy has been run."""
+def budget_table(
+    results: pd.DataFrame, dataset: str, settings: GridSettings, images: int | None = None
+) -> Table | None:
+    """Return Table B, or None where no strategy has been run; `images` is as for `budget_experiments`."""
     frame = budget_frame(results, dataset, settings)
     if not len(frame) or set(frame["id"]) == {f"{BUDGET}.all"}:
         return None
-    planned, found = budget_experiments(dataset, settings), check_results(results)
+    planned, found = budget_experiments(dataset, settings, images), check_results(results)
     done = set(found[list(EXPERIMENT)].itertuples(index=False, name=None))
     count = sum(astuple(e) in done for e in planned)
     note = f"{count} of {len(planned)} planned experiments were run."
