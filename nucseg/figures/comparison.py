@@ -21,7 +21,7 @@ from matplotlib.transforms import blended_transform_factory
 from PIL import Image
 
 from nucseg.figures.style import colour_of
-from nucseg.outcomes import NOT_IN_PROFILE, REFERENCE, BudgetCurve, signed
+from nucseg.outcomes import NOT_IN_PROFILE, NOT_YET, REFERENCE, BudgetCurve, signed
 from nucseg.stats import RankTest
 
 INK, GREY, FAINT = "0.2", "0.55", "0.85"
@@ -168,14 +168,13 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     Figure
         Thin: the interval over images, its numbers beside it. The pale bar behind is the interval over seeds, where
         there are several. Blue where all intervals of a row lie above 0, vermilion where they lie below, else grey:
-        the interval over images alone does not know the luck of the patches. Rows that were not run yet, or not
-        compared, are listed in grey with the reason; of those that the profile does not run only the number is told.
+        the interval over images alone does not know the luck of the patches. Rows that are not compared are listed in
+        grey with the reason; of those that were not run only the number is told, where there are others.
     """
-    left_out = frame["why"] == NOT_IN_PROFILE
-    frame = frame[~left_out]
+    frame, rest = _those_that_ran(frame)
     lines = _forest_lines(frame)
     height = 0.165 * len(lines)
-    below = 0.65 if left_out.any() else 0.45  # inches
+    below = 0.65 if rest else 0.45  # inches
     figure = Figure(figsize=(10.0, height + below + 0.45))
     axis = figure.add_axes((0.36, below / (height + below + 0.45), 0.36, height / (height + below + 0.45)))
     axis.set_ylim(len(lines) - 0.4, -0.6)
@@ -206,8 +205,7 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     what = "AJI of the row minus AJI of its reference (◇), paired by test image, seeds averaged\n"
     what += "thin: interval over images" + "; pale: interval over seeds" * bool(pale)
     colours = "in colour only where both exclude 0" if pale else "in colour where it excludes 0"
-    rest = f"\nnot run in this profile: {left_out.sum()} more" if left_out.any() else ""
-    axis.set_xlabel(f"{what}; {colours}{rest}", fontsize=8)
+    axis.set_xlabel(f"{what}; {colours}" + f"\n{rest}" * bool(rest), fontsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(7))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+.3g}".replace("-", "−") if abs(x) > 1e-9 else "0"))
     axis.grid(axis="x", color="0.9", linewidth=0.6)
@@ -216,6 +214,14 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
     axis.spines[["left", "right", "top"]].set_visible(False)
     axis.spines["bottom"].set_color(GREY)
     return figure
+
+
+def _those_that_ran(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Leave out rows that were not run, and say how many; where none was run, those that may still be stay."""
+    absent, later = frame["why"] == NOT_IN_PROFILE, frame["why"] == NOT_YET
+    later &= not (absent | later).all()
+    counts = {NOT_YET: later.sum(), NOT_IN_PROFILE: absent.sum()}
+    return frame[~absent & ~later], "; ".join(f"{name}: {count} more" for name, count in counts.items() if count)
 
 
 def _forest_lines(frame: pd.DataFrame) -> list[pd.Series | str | None]:
@@ -254,7 +260,8 @@ def _forest_row(axis: Axes, y: int, line: pd.Series, beside) -> None:
 
 
 def _signed(value: float) -> str:
-    return "0" if round(value, 3) == 0 else signed(value, 3)
+    digits = 3 if round(value, 3) else 4  # on which side of 0 an interval ends decides its colour
+    return signed(value, digits) if round(value, digits) else "0"
 
 
 # -- critical-difference diagram -------------------------------------------------------------------------------
