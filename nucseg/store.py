@@ -241,7 +241,7 @@ def beside(folder: Path, name: str) -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file; its holder's death drops it, so a killed run never blocks the next one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -253,7 +253,7 @@ def claimed(path: Path, text: str) -> Iterator[bool]:
     As with `locked`, the holder's death drops it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:  # "w" would erase what another holder wrote
+    with open(path, "a+", encoding="utf-8") as file:  # "w" would erase what another holder wrote
         for attempt in range(4):  # `holder` looks for a moment only: one that looks is not one that holds
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +273,7 @@ def holder(path: Path) -> str | None:
     """Return what the holder of a claimed file wrote in it, None if nobody holds it."""
     if not path.is_file():
         return None
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,7 +1,12 @@
 """One experiment after another lands in results.csv and runs.csv. All numbers here are made up."""
 
 import multiprocessing
+import os
 import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -161,3 +166,23 @@ def test_processes_that_add_at_the_same_time_lose_nothing(place):
         process.join(120)
     assert list(read_results(place / "tables" / "tiny" / "results.csv")["seed"]) == list(range(40))
     assert len(read_runs(place / "tables" / "tiny" / "runs.csv")) == 40
+
+
+def test_names_beyond_ascii_are_kept_whatever_the_locale(tmp_path):
+    script = """
+        import sys
+        sys.path.insert(0, "tests")
+        from test_results_file import frame, lines
+        from nucseg.results.file import add_results
+        for seed in (1, 2):
+            add_results(frame(seed, run_id=f"r{seed}").assign(organ="Pr\\u00e4putium"), lines(f"r{seed}"))
+    """
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "NUCSEG_HOME": str(tmp_path)}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, **plain},
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    (path,) = tmp_path.glob("tables/*/results.csv")
+    assert set(read_results(path)["organ"]) == {"Präputium"}

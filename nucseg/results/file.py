@@ -114,7 +114,7 @@ def _lines(frame: pd.DataFrame) -> list[Line]:
 def _known(path: Path, columns: Sequence[str], read: Callable[[Path], pd.DataFrame]) -> list[Line]:
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         header, *lines = list(csv.reader(file)) or [[]]
     # Another header is an older file, or a broken one: `read` brings it up to date, or says what is wrong.
     return lines if header == list(columns) else _lines(read(path))
