@@ -1,4 +1,5 @@
 # make reproduce   the whole paper in small, on the built-in tissue: some minutes on two CPU cores
+# make install     the environment alone
 # make test        the whole test suite, the five notebooks included
 # make readme      the tables in README.md, docs/runs.md and docs/results.md, from tables/*/results.csv
 # make gpu         with a CUDA device, 10 minutes: the tests marked gpu, then rates beside their peers, into OUT=FOLDER;
@@ -11,7 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= gpu-rates
 
-.PHONY: reproduce test readme gpu lint clean
+.PHONY: reproduce install test readme gpu lint clean
 .DEFAULT_GOAL := reproduce
 
 $(VENV)/installed: pyproject.toml
@@ -29,6 +30,8 @@ $(VENV)/tests-installed: $(VENV)/installed
 	@echo "Installing what only the tests need ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
+
+install: $(VENV)/installed
 
 reproduce: $(VENV)/installed
 	@$(BIN)/nucseg reproduce --profile sample

@@ -107,11 +107,52 @@ def test_half_of_the_outlines_can_be_imported_where_it_is_asked(picks, outlines,
     assert len(images) == 2
     (tmp_path / "some").mkdir()
     shutil.copy(outlines / f"{images[0]}.geojson", tmp_path / "some")
+    (tmp_path / "some" / "other.geojson").write_text("{}")
     with pytest.raises(WorkflowError, match=f"1 of 2 images have no outlines .*{images[1]}.*--partial"):
         workflow.import_annotations(picks[0], tmp_path / "some", tmp_path / "out")
-    with pytest.warns(UserWarning, match=f"{images[1]}; their patches are left out"):
+    with pytest.warns(UserWarning, match=f"{images[1]}; their patches are left out; of no .* are other.geojson"):
         table = workflow.import_annotations(picks[0], tmp_path / "some", tmp_path / "out", partial=True)
     assert {Path(name).name for name in table["image_id"]} == {images[0]}
+
+
+def test_a_rectangle_that_was_moved_is_no_patch(picks, outlines, tmp_path):
+    """What was outlined in it lies elsewhere, and the rest of the chosen patch would become background."""
+    shutil.copytree(outlines, tmp_path / "moved")
+    patch = picks[1].patches[0]
+    path = tmp_path / "moved" / f"{Path(patch.image_id).name}.geojson"
+    features = json.loads(path.read_text())
+    annotations.write_geojson(tmp_path / "p.geojson", [patch])
+    (rectangle,) = json.loads((tmp_path / "p.geojson").read_text())["features"]
+    features["features"].append(rectangle)
+    path.write_text(json.dumps(features))
+    workflow.import_annotations(picks[0], tmp_path / "moved", tmp_path / "as_chosen")
+    for corner in rectangle["geometry"]["coordinates"][0]:
+        corner[0] += 3
+    path.write_text(json.dumps(features))
+    with pytest.raises(WorkflowError, match=f"column {patch.col + 3} .* none of the patches .* moved or resized"):
+        workflow.import_annotations(picks[0], tmp_path / "moved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_patches_are_not_mixed_with_the_files_of_another_training_set(picks, outlines, tmp_path):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "mine.png").write_bytes(b"x")
+    with pytest.raises(WorkflowError, match="labels holds files already"):
+        workflow.import_annotations(picks[0], outlines, tmp_path)
+    assert not (tmp_path / "images").exists()
+
+
+def test_images_to_be_tested_on_are_not_chosen_from(slides, tmp_path):
+    for split, name in (("train", "slide_a.png"), ("test", "slide_b.png")):
+        (tmp_path / "all" / split).mkdir(parents=True)
+        shutil.copy(slides[0] / name, tmp_path / "all" / split)
+    with pytest.warns(UserWarning, match="1 images of val/ and test/ are left out"):
+        chosen = workflow.select_patches(tmp_path / "all", tmp_path / "picks", 4, "random-crop", PROFILE, seed=1)
+    assert {patch.image_id for patch in chosen.patches} == {"train/slide_a"}
+    shutil.rmtree(tmp_path / "all" / "train")
+    with pytest.raises(WorkflowError, match="all of its images are in val/ or test/"):
+        workflow.select_patches(tmp_path / "all", tmp_path / "none", 4, "random-crop", PROFILE, seed=1)
+    assert not (tmp_path / "none").exists()
 
 
 def test_outlines_drawn_on_the_picture_of_a_patch_are_no_background(slides, tmp_path):

@@ -156,7 +156,7 @@ def read_geojson_sparse(path: str | Path, shape: tuple[int, int]) -> tuple[Spars
     return labels, AnnotationReport(str(path), len(regions), np.unique(labels.ids).size, tuple(problems))
 
 
-def read_geojson_patches(path: str | Path, image_id: str | None = None) -> list[Patch]:
+def read_geojson_patches(path: str | Path, image_id: str | None = None, strict: bool = True) -> list[Patch]:
     """Read the patches of a file that `write_geojson` wrote or QuPath saved again, by rank.
 
     Parameters
@@ -165,6 +165,8 @@ def read_geojson_patches(path: str | Path, image_id: str | None = None) -> list[
         The ``.geojson`` file; features of other classes than ``"Patch"`` are left out.
     image_id
         Image of patches that do not name theirs; default the file's name without suffix.
+    strict
+        False leaves out what is no rectangle along the axes: a nucleus of the wrong class, say.
 
     Raises
     ------
@@ -174,7 +176,7 @@ def read_geojson_patches(path: str | Path, image_id: str | None = None) -> list[
     ranked = []
     for number, feature in enumerate(_features(Path(path)), 1):
         properties = _mapping(feature.get("properties"))
-        if _class_name(properties) != PATCH:
+        if _class_name(properties) != PATCH or not (strict or _is_rectangle(feature.get("geometry"))):
             continue
         corners = np.concatenate(_rings(feature.get("geometry")))
         (left, top), (right, bottom) = corners.min(0), corners.max(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,6 +41,26 @@ def open_images(place: str | Path) -> Dataset:
         kind = "is a file: name the folder that holds it" if path.is_file() else "no such folder"
         raise WorkflowError(f"{place}: {kind}")
     return load_dataset(str(place))
+
+
+def training_images(dataset: Dataset) -> list[Sample]:
+    """Return the images that may be chosen from or learned from; those of val/ and test/ are held out, with a warning.
+
+    Raises
+    ------
+    WorkflowError
+        If no others are there.
+    """
+    chosen = list(dataset.train)
+    if not chosen:
+        raise WorkflowError(
+            f"{dataset.name}: all of its images are in val/ or test/, which are held out; name a folder of others"
+        )
+    if held_out := len(dataset.samples) - len(chosen):
+        warnings.warn(
+            f"{dataset.name}: {held_out} images of val/ and test/ are left out, to be tested on", stacklevel=3
+        )
+    return chosen
 
 
 def new_folder(path: Path) -> Path:

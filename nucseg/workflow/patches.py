@@ -30,6 +30,7 @@ from nucseg.workflow.base import (
     new_folder,
     open_images,
     read_json,
+    training_images,
     unique_names,
 )
 
@@ -63,7 +64,7 @@ def select_patches(
     if (out / SELECTION_FILE).exists():
         raise WorkflowError(f"{out} holds a selection already; name another folder, or remove this one first")
     dataset = open_images(images)
-    samples = list(dataset.samples)
+    samples = training_images(dataset)
     new_folder(out)
     config, encoder = profile.selection, profile.encoder
     if not strategy.startswith("random"):
@@ -152,6 +153,11 @@ def import_annotations(
     out, selection, outlines = (Path(path).expanduser() for path in (out, selection, outlines))
     if (out / "patches.csv").exists():
         raise WorkflowError(f"{out} holds imported patches already; name another folder, or remove this one first")
+    for folder in (out / "images", out / "labels"):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise WorkflowError(
+                f"{folder} holds files already, which the patches would be mixed with; name a new folder"
+            )
     record = read_json(selection / SELECTION_FILE, "run 'nucseg select' first", ("images", "strategy", "patches"))
     chosen = Selection.from_dict({k: v for k, v in record.items() if k not in ("images", "names")})
     place = str(images or record["images"])
@@ -167,6 +173,7 @@ def import_annotations(
     _check_images(chosen.patches, samples, {p: selection / "patches" / _patch_file(rank, p, names) for rank, p in
                                             enumerate(chosen.patches, 1)})  # fmt: skip
     files = _outline_files(outlines, {image_id: names[image_id] for image_id in wanted}, partial)
+    _check_rectangles(files, chosen.patches)
     labels_of = {image_id: _read_outlines(path, samples[image_id]) for image_id, path in files.items()}
     patches = [(rank, p) for rank, p in enumerate(chosen.patches, 1) if p.image_id in files]
     labels_in = {rank: labels_of[p.image_id].crop(p.row, p.col, p.size, p.size) for rank, p in patches}
@@ -215,14 +222,31 @@ def _outline_files(folder: Path, names: Mapping[str, str], partial: bool) -> dic
     if not missing:
         return found
     message = f"{len(missing)} of {len(names)} images have no outlines in {folder}: {', '.join(missing)}"
+    strangers = [path.relative_to(folder).as_posix() for paths in there.values() for path in paths]
+    unused = f"; of no chosen image are {', '.join(strangers)}" if strangers else ""
     if partial and found:
-        warnings.warn(f"{message}; their patches are left out", stacklevel=3)
+        warnings.warn(f"{message}; their patches are left out{unused}", stacklevel=3)
         return found
-    message += f". A file is named like its image: {missing[0]}.geojson (QuPath), .xml or a label map"
-    if there:
-        strangers = (path.relative_to(folder).as_posix() for paths in there.values() for path in paths)
-        message += f"; of no chosen image are {', '.join(strangers)}"
+    message += f". A file is named like its image: {missing[0]}.geojson (QuPath), .xml or a label map{unused}"
     raise WorkflowError(message + ("; --partial goes on without them" if found else ""))
+
+
+def _check_rectangles(files: Mapping[str, Path], patches: Sequence[Patch]) -> None:
+    """Raise where a file's rectangles are not those that were chosen: what was outlined lies elsewhere then.
+
+    Rectangles that are gone say nothing, and other formats have none.
+    """
+    for image_id, path in files.items():
+        if path.suffix.lower() not in (".geojson", ".json"):
+            continue
+        places = {(p.row, p.col, p.size) for p in patches if p.image_id == image_id}
+        for p in annotations.read_geojson_patches(path, image_id, strict=False):
+            if (p.row, p.col, p.size) not in places:
+                raise WorkflowError(
+                    f"{path}: the rectangle of class Patch at row {p.row}, column {p.col} ({p.size} px) is none of the "
+                    f"patches that were chosen in image {image_id}. It was moved or resized, or belongs to another "
+                    "selection: outline the chosen rectangles, or delete this one if what it holds is outlined in them"
+                )
 
 
 def _plain(name: str) -> str:

@@ -39,6 +39,7 @@ from nucseg.workflow.base import (
     read_json,
     reader,
     stamp,
+    training_images,
 )
 
 Pair = tuple[np.ndarray, np.ndarray]  # image (H, W, 3) uint8, label map (H, W) int32
@@ -91,7 +92,7 @@ def train_folder(
     if (out / MODEL_FILE).exists():
         raise WorkflowError(f"{out} holds a model already; name another folder, or remove this one first")
     data = open_images(dataset)
-    others = list(open_images(unlabelled).samples) if unlabelled else []
+    others = training_images(open_images(unlabelled)) if unlabelled else []
     pairs = _labelled_pairs(data, dataset)
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
     schedule, where = profile.training_of(segmenter), pick_device(device)
