@@ -73,6 +73,7 @@ def test_a_cluster_is_asked_for_gpus_from_a_machine_without_one(no_gpu, monkeypa
     assert asked == ["cuda"]
 
 
+@pytest.mark.filterwarnings("ignore:.* are left out, to be tested on")
 def test_commands_for_ones_own_slides_refuse_it_too(no_gpu, tmp_path):
     with pytest.raises(ConfigError, match="device 'cuda' is not there"):
         workflow.default_profile("cuda")
