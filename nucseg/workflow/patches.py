@@ -58,7 +58,8 @@ def select_patches(
     Raises
     ------
     WorkflowError
-        If `out` holds a selection already: rectangles of two selections would be outlined as one.
+        If `out` holds a selection already: rectangles of two selections would be outlined as one; or if all images are
+        held out in val/ or test/.
     """
     out = Path(out).expanduser()
     if (out / SELECTION_FILE).exists():
