@@ -112,9 +112,11 @@ class Pipeline(Stages):
 
     def _upstream_settings(self, experiment: Experiment) -> dict:
         painter = experiment.augmentation
+        paints = painter in gan.REGISTRY
         return {
             "selection": to_plain(self.profile.selection) if experiment.supervision == "patches" else None,
-            "synthesis": {painter: to_plain(self.profile.synthesiser(painter))} if painter in gan.REGISTRY else None,
+            "masks": to_plain(self.profile.masks) if paints else None,
+            "synthesis": {painter: to_plain(self.profile.synthesiser(painter))} if paints else None,
         }
 
     def signature(self) -> str:

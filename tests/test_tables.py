@@ -635,3 +635,25 @@ def test_what_all_trainings_do_that_the_paper_does_not_name_stands_under_the_tab
     assert "up to 180° and scales by 1 to 1" in found(180.0)[0]
     assert "0.4 : 0.2 : 0.4" in found(0.0)[0]
     assert len(found(0.0)) == 1
+
+
+def test_images_of_one_patient_are_not_taken_for_independent():
+    lines = made_up("tnbc", tables=("I",))
+    names = dict(zip(sorted(lines["image_id"].unique()), ("09_1", "09_2", "10_1", "10_2", "11_1", "11_2"), strict=True))
+    tnbc = lines.assign(image_id=lines["image_id"].map(names))
+
+    def notes(results, dataset):
+        return [
+            note for note in make_table("I", results, dataset, SETTINGS).notes if "of one patient are alike" in note
+        ]
+
+    (note,) = notes(tnbc, "tnbc")
+    assert note.startswith("The 6 images are of 3 patients")
+    frame = make_table("I", tnbc, "tnbc", SETTINGS).frame
+    for row, p in zip(frame["row"], frame["t p"], strict=True):
+        assert (f"{row} 0." in note or f"{row} 1" in note) == (p < 0.05)
+    clear = tnbc["aji"] + 0.1 * (tnbc["selection"] == "cps")
+    (note,) = notes(tnbc.assign(aji=clear), "tnbc")
+    assert "paired t-test over the patients' means" in note
+    assert not notes(lines, "tnbc")  # images of unknown patients
+    assert not notes(made_up(tables=("I",)), "kumar")

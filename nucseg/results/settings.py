@@ -31,6 +31,7 @@ def settings_of(config: str) -> dict[str, str]:
         "augment": augment,
         "mix": mix,
         "selection": known.get("selection"),
+        "masks": known.get("masks"),
         "synthesis": known.get("synthesis"),
     }
     return dict(_flat(parts, ""))

@@ -19,7 +19,7 @@ from nucseg.results import ResultsError, read_results, read_runs
 from nucseg.stats import holm, paired_tests
 from nucseg.store import published
 from nucseg.tables import formats, strategies
-from nucseg.tables.notes import OVER_SEEDS, data_of
+from nucseg.tables.notes import OVER_SEEDS, data_of, of_patients
 from nucseg.tables.table import Measured, measure, named, over_seeds, paired
 
 READING = (
@@ -129,6 +129,7 @@ def write(first: str, second: str, dataset: str, reference: str = "") -> tuple[P
     shown = frame if (frame["row"] != frame["against"]).any() else frame.drop(columns="against")
     used = dict(zip(names, (first, second), strict=True))  # one line where a profile is compared with itself
     about = [f"{name}: {data_of(_lines_of(measured_of(profile, dataset)))}." for name, profile in used.items()]
-    notes = (*about, READING, *[OVER_SEEDS] * bool(frame["seeds p"].notna().any()))
+    patients = of_patients(dataset, _lines_of(measured_of(first, dataset))["image_id"])
+    notes = (*about, READING, *filter(None, [patients]), *[OVER_SEEDS] * bool(frame["seeds p"].notna().any()))
     write_text(paths[1], formats.markdown(caption, *formats.cells(shown), notes))
     return paths

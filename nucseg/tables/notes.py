@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 from scipy import stats
 
+from nucseg.data.layouts import rows as data_rows
 from nucseg.data.tissue import SYNTHETIC_NOTE
 from nucseg.paper import printed, rows
-from nucseg.results.settings import differences, settings_of
+from nucseg.results.settings import differences
+from nucseg.tables.departures import departures
 
 TITLES = {
     "I": "Which patches to annotate: selection strategies, each followed by CSinGAN",
@@ -84,7 +85,7 @@ def notes(
         "last pseudo-labelling round ('best round': of the highest validation AJI, the training before any round among "
         "them). AJI is the official one, beside it AJI+, PQ and F1."
     )
-    found += _trainings(used, runs)
+    found += departures(used, runs)
     found += _comparisons(table, dataset, source, measured)
     if dataset == "kumar":
         found.append(
@@ -144,28 +145,20 @@ def data_of(lines: pd.DataFrame) -> str:
     )
 
 
-def _trainings(used: pd.DataFrame, runs: pd.DataFrame | None) -> list[str]:
-    """Say in what all trainings of a table differ from the paper's by choice, as their own settings have it."""
-    if runs is None:
-        return []
-    settings = [settings_of(config) for config in runs.loc[runs["run_id"].isin(set(used["run_id"])), "config"]]
-    known = {name: {each[name] for each in settings if name in each} for each in settings for name in each}
-    value = {name: json.loads(next(iter(values))) for name, values in known.items() if len(values) == 1}
-    found = []
-    angle, (low, high) = value.get("augment.rotate", 0), value.get("augment.scale", (1, 1))
-    if angle or low != high:
-        found.append(
-            f"Naive augmentation, which all rows but those without any have, also turns by up to {angle:g}° and scales "
-            f"by {low:g} to {high:g} here. The paper names neither."
-        )
-    shares = [value.get(f"mix.{kind}") for kind in ("real", "synthetic", "pseudo")]
-    if None not in shares and ({"csingan", "singan"} & set(used["augmentation"]) or (used["rounds"] > 0).any()):
-        found.append(
-            "Annotated, synthetic and pseudo-labelled pairs, those that a row has, are drawn as "
-            f"{' : '.join(f'{share:g}' for share in shares)}, whatever their number. The paper says nothing of it; by "
-            "their number a handful of annotated pairs would be drawn once in fifty times."
-        )
-    return found
+def of_patients(dataset: str, images: Iterable[str]) -> str:
+    """Return a warning if several of the images are of one patient; nothing where that is not so, or not known."""
+    images = set(images)
+    patients = {_patients(dataset).get(image) for image in images}
+    if None in patients or len(patients) == len(images):
+        return ""
+    return (
+        f"The {len(images)} images are of {len(patients)} patients, and those of one patient are alike: intervals and "
+        "P-values over images promise more than these data hold."
+    )
+
+
+def _patients(dataset: str) -> dict[str, str]:
+    return {row.id: row.patient for row in data_rows(dataset)}
 
 
 def _provenance(dataset: str, used: pd.DataFrame, runs: pd.DataFrame | None) -> str:
@@ -198,6 +191,7 @@ def _comparisons(table: str, dataset: str, source: str, measured: Sequence) -> l
         pairs = [(one, _reference(one, measured)) for one in measured]
         if any(other and min(len(one.found), len(other.found)) > 1 for one, other in pairs):
             found.append(OVER_SEEDS)
+        found += _over_patients(dataset, [(one, other) for one, other in pairs if other and _comparable(one, other)])
     apart = [one.label for one in measured if _other_segmenter(one, measured)]
     if apart and table != "IV":
         found.append(f"Not compared, because the reference was run with another segmenter: {'; '.join(apart)}.")
@@ -218,6 +212,26 @@ def _reference(one, measured: Sequence):
     """Return the row that a row is compared with, None where one of the two was not run."""
     reference = next((other for other in measured if other.row.key == one.row.reference), None)
     return reference if reference and one.found and reference.found else None
+
+
+def _comparable(one, other) -> bool:
+    return one.planned != other.planned and (one.row.table == "IV" or one.segmenter == other.segmenter)
+
+
+def _over_patients(dataset: str, pairs: Sequence[tuple]) -> list[str]:
+    """Say what is left of the differences over images where several images are of one patient."""
+    text = of_patients(dataset, {image for one, _ in pairs for image in one.lines["image_id"]})
+    if not text:
+        return []
+    patient, said = _patients(dataset), []
+    for one, other in pairs:
+        difference = one.images() - other.images()
+        if difference.any() and stats.ttest_1samp(difference, 0.0).pvalue < 0.05:
+            means = difference.groupby(patient).mean()
+            said.append(f"{one.label} {stats.ttest_1samp(means, 0.0).pvalue:.2g}")
+    if said:
+        text += f" The paired t-test over the patients' means, where that over images has p < 0.05: {'; '.join(said)}."
+    return [text]
 
 
 def _other_segmenter(one, measured: Sequence) -> bool:

@@ -20,7 +20,7 @@ from nucseg.plans import BUDGET, TABLE, budget_experiments, full_experiments, ow
 from nucseg.results import COUNTED, EXPERIMENT, ResultsError, check_results
 from nucseg.selection import STRATEGIES
 from nucseg.stats import RankTest, friedman_nemenyi, holm, paired_tests, seed_test
-from nucseg.tables.notes import OVER_SEEDS, data_of
+from nucseg.tables.notes import OVER_SEEDS, data_of, of_patients
 from nucseg.tables.table import Measured, Table, measure, one_profile
 
 FEWEST_IMAGES = 6  # fewer cannot tell three systems apart
@@ -247,6 +247,7 @@ def _table(
         "Difference to random crops of the same K1, paired by test image, seeds averaged first; a row with fewer seeds "
         "than the others says less than its P suggests, because the choice of patches varies more between seeds than "
         "images do." + (f" {OVER_SEEDS}" if frame.get("seeds p", pd.Series(dtype=float)).notna().any() else ""),
+        *filter(None, [of_patients(dataset, used["image_id"])]),
         *more,
     ]
     if dataset == "tissue":
