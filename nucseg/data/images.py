@@ -23,6 +23,8 @@ SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or opensli
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn")
 ORIENTATION_TAG = 274
 TIFF_CMYK, TIFF_WHITE_IS_ZERO, TIFF_PALETTE = 5, 0, 3
+TIFF_ALPHA = (1, 2)  # kinds of an extra sample: alpha that the colours are multiplied with, or not
+GREY = "is grey and was copied to three channels; nuclei models expect H&E colours"
 
 
 class ImageError(DataError):
@@ -82,7 +84,7 @@ def reads_regions(path: str | Path) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _brightest(path: Path, stamp: tuple[int, int]) -> int:
     with _open_tiff(path) as tiff:
-        return int(_pixels(tiff.pages[0]).max())
+        return int(_samples(_pixels(tiff.pages[0]), tiff.pages[0]).max())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,10 +185,13 @@ def _read_pillow(path: Path) -> np.ndarray:
             _warn(path, "has an orientation tag, which is ignored: pixels are read as they are stored")
         if mode == "CMYK":
             raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
-        if mode in ("RGB", "RGBA"):
-            return _on_white(np.array(image))
-        if mode in ("P", "YCbCr", "LAB", "HSV"):
-            _warn(path, f"was converted from {'palette' if mode == 'P' else mode} colours to RGB")
+        if mode in ("P", "PA", "YCbCr", "LAB", "HSV"):
+            _warn(path, f"was converted from {'palette' if mode in ('P', 'PA') else mode} colours to RGB")
+        if mode in ("1", "L", "LA", "RGB", "RGBA", "P", "PA") and image.has_transparency_data:
+            if mode in ("1", "L", "LA"):
+                _warn(path, GREY)
+            return _on_white(np.array(image.convert("RGBA")))
+        if mode in ("RGB", "P", "YCbCr", "LAB", "HSV"):
             return np.array(image.convert("RGB"))
         if mode == "1":
             return _to_rgb(np.array(image).astype(np.uint8) * 255, path)
@@ -287,25 +292,35 @@ def _to_rgb(data: np.ndarray, path: Path, page=None, brightest: int | None = Non
     """Turn decoded values of any common kind into (H, W, 3) uint8, with a warning where it matters."""
     if page is not None and page.photometric == TIFF_CMYK:
         raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
-    if data.ndim == 3 and data.shape[2] in (1, 2):  # grey, or grey with alpha
-        data = data[..., 0]
-    if data.ndim not in (2, 3) or (data.ndim == 3 and data.shape[2] not in (3, 4)) or 0 in data.shape:
+    data = _samples(data[..., None] if data.ndim == 2 else data, page)
+    if data.ndim != 3 or data.shape[2] not in (1, 2, 3, 4) or 0 in data.shape:
         raise ImageError(f"{path}: expected an RGB image, got an array of shape {data.shape}; is it a stack or a mask?")
     if data.dtype.kind == "f":
         raise ImageError(f"{path}: floating-point pixels; save it as 8-bit RGB")
     if data.dtype.kind == "b":
         data = data.astype(np.uint8) * 255
-    if page is not None and data.ndim == 2 and page.photometric == TIFF_PALETTE and page.colormap is not None:
+    few = data.shape[2] < 3  # grey, with alpha or without
+    if few and page is not None and page.photometric == TIFF_PALETTE and page.colormap is not None:
         _warn(path, "was converted from palette colours to RGB")
-        return np.ascontiguousarray((page.colormap[:, data] >> 8).astype(np.uint8).transpose(1, 2, 0))
+        colours = (page.colormap[:, data[..., 0]] >> 8).transpose(1, 2, 0)
+        opaque = data[..., 1:] >> 8 * (data.dtype.itemsize - 1)
+        return _on_white(np.concatenate([colours, opaque], axis=2).astype(np.uint8))
     if data.dtype != np.uint8:
         data = _to_8_bit(data, path, brightest)
-    if data.ndim == 2:
-        _warn(path, "is grey and was copied to three channels; nuclei models expect H&E colours")
-        if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
-            data = 255 - data
-        data = np.repeat(data[..., None], 3, axis=2)
+    if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
+        colours, opaque = np.split(data, [1 if few else 3], axis=2)
+        data = np.concatenate([255 - colours, opaque], axis=2)
+    if few:
+        _warn(path, GREY)
+        data = np.concatenate([np.repeat(data[..., :1], 3, axis=2), data[..., 1:]], axis=2)
     return _on_white(data)
+
+
+def _samples(data: np.ndarray, page) -> np.ndarray:
+    """Leave out of (H, W, 2) the second sample of a grey TIFF page that says it is no alpha."""
+    if data.ndim == 3 and data.shape[2] == 2 and page is not None and not set(page.extrasamples) & set(TIFF_ALPHA):
+        return data[..., :1]
+    return data
 
 
 def _on_white(data: np.ndarray) -> np.ndarray:
