@@ -1,8 +1,9 @@
-"""Images as microscopes' programs write them: transparency, label maps of another size."""
+"""Images as microscopes' programs write them: channels on pages of their own, transparency, other label maps."""
 
 from __future__ import annotations
 
 import re
+import struct
 import warnings
 from pathlib import Path
 
@@ -14,14 +15,31 @@ from PIL import Image
 from nucseg.annotations import another_size
 from nucseg.data import (
     DataError,
+    ImageError,
     ImageWarning,
     Sample,
+    images,
     load_dataset,
     read_image,
     read_region,
 )
+from nucseg.data.tiff_headers import colour_pages
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+PLANES = np.moveaxis(RGB, -1, 0)
+TAKEN = "three pages, one per channel, which are taken as its red, green and blue"
+TILES = {"tile": (16, 16), "compression": "zlib"}
+
+
+def channels(path: Path, planes: np.ndarray = PLANES, axes: str = "CYX", names=(), **how) -> Path:
+    """Write channels on pages of their own, as OME or ImageJ does by the name."""
+    about = {"axes": axes}
+    if path.name.endswith(".ome.tif"):
+        about |= {"Channel": {"Name": names}} if names else {}
+    else:
+        about |= {"Labels": names} if names else {}
+    tifffile.imwrite(path, planes, photometric=how.pop("photometric", "minisblack"), metadata=about, **how)
+    return path
 
 
 def whole_and_region(path: Path, say: str) -> tuple[np.ndarray, np.ndarray]:
@@ -34,6 +52,181 @@ def whole_and_region(path: Path, say: str) -> tuple[np.ndarray, np.ndarray]:
         assert all(warning.category is ImageWarning for warning in caught)
         assert any(re.search(say, str(warning.message)) for warning in caught), [str(each.message) for each in caught]
     return found[0], found[1]
+
+
+# --- One page per channel ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("a.ome.tif", {}),
+        ("a.ome.tif", TILES),
+        ("a.ome.tif", {"rowsperstrip": 7, "compression": "lzw"}),
+        ("a.ome.tif", {"names": ["Red", "Green", "Blue"]}),
+        ("a.ome.tif", {"names": ["Channel 0", "Channel 1", "Channel 2"]}),
+        ("a.ome.tif", {"bigtiff": True}),
+        ("a.tif", {"imagej": True}),
+        ("a.tif", {"imagej": True, "names": ["c:1/3 - x.tif", "c:2/3 - x.tif", "c:3/3 - x.tif"]}),
+        ("a.tif", {}),
+        ("a.tif", TILES),
+    ],
+)
+def test_three_channels_on_pages_of_their_own_are_red_green_and_blue_whole_and_by_region(name, how, tmp_path):
+    path = channels(tmp_path / name, **how)
+    whole, region = whole_and_region(path, rf"{name}: has {TAKEN}")
+    np.testing.assert_array_equal(whole, RGB)
+    np.testing.assert_array_equal(region, RGB[3:33, 11:48])
+    assert images.image_shape(path) == (40, 50)
+
+
+def test_channels_that_are_called_by_colours_are_put_in_the_order_of_red_green_and_blue(tmp_path):
+    path = channels(tmp_path / "a.ome.tif", PLANES[::-1], names=["blue", "green", "red"])
+    for found, true in zip(whole_and_region(path, TAKEN), (RGB, RGB[3:33, 11:48]), strict=True):
+        np.testing.assert_array_equal(found, true)
+
+
+def test_of_a_pyramid_with_one_page_per_channel_the_first_level_is_read_and_only_the_tiles_that_are_met(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "a.ome.tif"
+    large = np.kron(PLANES, np.ones((1, 20, 20), np.uint8))
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(large, subifds=1, photometric="minisblack", metadata={"axes": "CYX"}, **TILES)
+        tiff.write(large[:, ::2, ::2], subfiletype=1, photometric="minisblack", **TILES)
+    assert images.image_shape(path) == (800, 1000)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a whole page was decoded")
+
+    decoded = []
+    original = tifffile.FileHandle.read
+    monkeypatch.setattr(tifffile.FileHandle, "read", lambda self, size=-1: decoded.append(size) or original(self, size))
+    with monkeypatch.context() as patch:
+        patch.setattr(tifffile.TiffPage, "asarray", forbidden)
+        with pytest.warns(ImageWarning, match=TAKEN):
+            region = read_region(path, 130, 260, 60, 70)
+    np.testing.assert_array_equal(region, np.moveaxis(large[:, 130:190, 260:330], 0, -1))
+    assert sum(decoded) < path.stat().st_size / 4
+    with pytest.warns(ImageWarning, match=TAKEN):
+        np.testing.assert_array_equal(read_image(path), np.moveaxis(large, 0, -1))
+
+
+def test_deep_channels_are_reduced_alike_whole_and_by_region(tmp_path):
+    deep = PLANES.astype(np.uint16) << 4
+    deep[2, 0, 0] = 4095  # the brightest pixel, in the last channel and not in the region
+    path = channels(tmp_path / "a.ome.tif", deep)
+    whole, region = whole_and_region(path, "their 12 significant bits")
+    np.testing.assert_array_equal(whole[1:], RGB[1:])
+    np.testing.assert_array_equal(region, RGB[3:33, 11:48])
+
+
+def test_channels_of_inverted_grey_are_turned_round(tmp_path):
+    path = channels(tmp_path / "a.ome.tif", 255 - PLANES, photometric="miniswhite")
+    assert (whole_and_region(path, TAKEN)[0] == RGB).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "names", "reason"),
+    [
+        ("a.ome.tif", 3, ["DAPI", "FITC", "Texas Red"], r"\(DAPI, FITC, Texas Red\), .* looks like fluorescence"),
+        ("a.ome.tif", 3, ["Cy3", "Cy5", "Cy7"], r"\(Cy3, Cy5, Cy7\), .* looks like fluorescence"),
+        ("a.ome.tif", 3, ["Hematoxylin", "DAB", "Residual"], "which are not red, green and blue"),
+        ("a.ome.tif", 3, ["green", "red", "far"], "which are not red, green and blue"),
+        ("a.ome.tif", 3, ["green", "red", "1"], "which are not red, green and blue"),
+        ("a.tif", 3, ["c:1/3 - DAPI", "c:2/3 - GFP", "c:3/3 - Cy5"], "looks like fluorescence"),
+        ("a.ome.tif", 2, [], "2 channels on pages of their own: is it fluorescence"),
+        ("a.tif", 4, [], "4 channels on pages of their own: is it fluorescence"),
+        ("a.ome.tif", 5, ["DAPI", "CD3", "CD8", "CD20", "PanCK"], r"5 channels .* \(DAPI, CD3, CD8, CD20, PanCK\)"),
+    ],
+)
+def test_channels_that_are_no_colours_are_refused_with_what_they_are_called(name, count, names, reason, tmp_path):
+    how = {} if name.endswith(".ome.tif") else {"imagej": True}
+    path = channels(tmp_path / name, np.concatenate([PLANES, PLANES])[:count], names=names, **how)
+    for read in (read_image, images.image_shape, lambda path: read_region(path, 0, 0, 5, 5)):
+        with pytest.raises(ImageError, match=rf"{name}: .*{reason}.* save it as 8-bit RGB"):
+            read(path)
+
+
+@pytest.mark.parametrize(("name", "axis"), [("a.ome.tif", "T"), ("a.ome.tif", "Z"), ("a.tif", "Z"), ("a.tif", "T")])
+def test_a_stack_of_colour_images_in_channels_is_refused(name, axis, tmp_path):
+    how = {} if name.endswith(".ome.tif") else {"imagej": True}
+    path = channels(tmp_path / name, np.stack([PLANES, PLANES]), f"{axis}CYX", **how)
+    with pytest.raises(ImageError, match=rf"a stack of colour images \(channels: 3, {axis} = 2\); save the plane"):
+        images.image_shape(path)
+
+
+def test_three_channels_in_one_page_of_imagej_that_lack_the_others_are_refused(tmp_path):
+    path = channels(tmp_path / "a.tif", imagej=True)
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:  # end the chain behind the first page, as ImageJ does above 4 GB
+        first = tiff.pages[0].offset
+        order = tiff.byteorder
+    entries = struct.unpack_from(order + "H", data, first)[0]
+    struct.pack_into(order + "I", data, first + 2 + 12 * entries, 0)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="lack a page of their own; save it as 8-bit RGB"):
+        read_image(path)
+
+
+def test_channels_in_several_files_are_refused(tmp_path):
+    uuids = [f"urn:uuid:00000000-0000-0000-0000-00000000000{number}" for number in range(3)]
+    where = "".join(
+        f'<TiffData FirstC="{c}" IFD="0" PlaneCount="1"><UUID FileName="{c}.ome.tif">{uuid}</UUID></TiffData>'
+        for c, uuid in enumerate(uuids)
+    )
+    for number, uuid in enumerate(uuids):
+        text = (
+            f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{uuid}"><Image ID="Image:0">'
+            '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="50" SizeY="40" SizeC="3" SizeZ="1" '
+            f'SizeT="1">{where}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(
+            tmp_path / f"{number}.ome.tif", PLANES[number], photometric="minisblack", description=text, metadata=None
+        )
+    with pytest.raises(ImageError, match="in other files"):
+        images.image_shape(tmp_path / "0.ome.tif")
+
+
+def test_grey_stacks_and_pages_of_unknown_meaning_give_the_first_with_a_warning_whole_and_by_region(tmp_path):
+    stacks = {
+        "z.ome.tif": {"metadata": {"axes": "ZYX"}},
+        "t.tif": {"imagej": True, "metadata": {"axes": "TYX"}},
+        "plain.tif": {"metadata": None},
+    }
+    for name, how in stacks.items():
+        tifffile.imwrite(tmp_path / name, PLANES, photometric="minisblack", **how)
+        whole, region = whole_and_region(tmp_path / name, "3 pages of one size; only the first is read .if they are")
+        np.testing.assert_array_equal(whole, np.repeat(RGB[..., :1], 3, axis=2))
+        np.testing.assert_array_equal(region, whole[3:33, 11:48])
+
+
+def test_stacks_of_colour_pages_give_the_first_with_a_warning_and_a_smaller_second_page_gives_none(tmp_path):
+    tifffile.imwrite(tmp_path / "a.ome.tif", np.stack([RGB, 255 - RGB]), photometric="rgb", metadata={"axes": "ZYXS"})
+    whole, region = whole_and_region(tmp_path / "a.ome.tif", "has 2 pages of one size; only the first is read$")
+    np.testing.assert_array_equal(whole, RGB)
+    np.testing.assert_array_equal(region, RGB[3:33, 11:48])
+    with tifffile.TiffWriter(tmp_path / "b.tif") as tiff:
+        tiff.write(RGB, photometric="rgb")
+        tiff.write(RGB[::2, ::2], photometric="rgb")
+    np.testing.assert_array_equal(read_image(tmp_path / "b.tif"), RGB)
+
+
+def test_a_description_that_is_damaged_leaves_what_the_pages_say(tmp_path):
+    path = channels(tmp_path / "a.ome.tif")
+    path.write_bytes(path.read_bytes().replace(b"<Pixels", b"<Pixel<"))
+    whole, _ = whole_and_region(path, "3 pages of one size; only the first is read")
+    np.testing.assert_array_equal(whole, np.repeat(RGB[..., :1], 3, axis=2))
+
+
+def test_pages_are_looked_at_once_for_many_regions(tmp_path, monkeypatch):
+    path = channels(tmp_path / "a.ome.tif")
+    looked = []
+    monkeypatch.setattr(images, "colour_pages", lambda tiff: looked.append(tiff) or colour_pages(tiff))
+    for _ in range(3):
+        with pytest.warns(ImageWarning, match=TAKEN):
+            read_region(path, 0, 0, 5, 5)
+    assert len(looked) == 1
 
 
 # --- Transparency -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Reading images: 8-bit RGB in the end, whole or by region, and a plain reason whenever a file cannot be one.
 
-8-bit RGB is the norm. What is transparent is laid on white; grey, palette and 16-bit images are converted with a
-warning; CMYK, float, truncated, empty and non-image files are `ImageError`s that name the file and the reason. An
-orientation tag is never applied: label maps are drawn on the pixels as they are stored.
+8-bit RGB is the norm. What is transparent is laid on white; grey, palette and 16-bit images and TIFFs with one page per
+colour are converted with a warning; CMYK, float, fluorescence, truncated, empty and non-image files are `ImageError`s
+that name the file and the reason. An orientation tag is never applied: label maps are drawn on the pixels as stored.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from nucseg.annotations.errors import DataError
+from nucseg.data.tiff_headers import colour_pages
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or openslide opens all of these
@@ -51,12 +52,13 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises
     ------
     ImageError
-        When the file is no image, is truncated, has no pixels, or is CMYK or floating point.
+        When the file is no image, is truncated, has no pixels, is CMYK or floating point, or has channels that are
+        not red, green and blue.
 
     Warns
     -----
     ImageWarning
-        When grey, palette or 16-bit values were converted.
+        When grey, palette or 16-bit values were converted, or pages were left out or put together.
     """
     path = Path(path)
     _check_file(path)
@@ -84,14 +86,26 @@ def reads_regions(path: str | Path) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _brightest(path: Path, stamp: tuple[int, int]) -> int:
     with _open_tiff(path) as tiff:
-        return int(_samples(_pixels(tiff.pages[0]), tiff.pages[0]).max())
+        pages = [tiff.pages[number] for number in _colour_pages(path, stamp)[0]]
+        return max(int(_samples(_pixels(page), page).max()) for page in pages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _colour_pages(path: Path, stamp: tuple[int, int]) -> tuple[tuple[int, ...], str]:
+    with _open_tiff(path) as tiff:
+        try:
+            return colour_pages(tiff)
+        except ValueError as error:
+            raise ImageError(f"{path}: {error}") from None
+        except Exception as error:  # of a page after the first one
+            raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
 
 
 @functools.lru_cache(maxsize=4096)
 def _image_shape(path: Path, stamp: tuple[int, int]) -> tuple[int, int]:
     if path.suffix.lower() in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
-            page = tiff.pages[0]
+            page = tiff.pages[_colour_pages(path, stamp)[0][0]]
             return int(page.imagelength), int(page.imagewidth)
     if path.suffix.lower() in SLIDE_SUFFIXES:
         with _open_slide(path) as slide:
@@ -133,10 +147,11 @@ def read_region(path: str | Path, row: int, col: int, height: int, width: int) -
             return _on_white(np.asarray(slide.read_region((col, row), 0, (width, height))))
     if suffix in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
-            page = tiff.pages[0]
+            pages = _pages(tiff, path)
             # a region of deep pixels must be reduced like the whole image, not by its own brightest pixel
-            brightest = _brightest(path, file_stamp(path)) if page.dtype.itemsize > 1 else None
-            return _to_rgb(_tiff_region(page, row, col, height, width), path, page, brightest)
+            brightest = _brightest(path, file_stamp(path)) if pages[0].dtype.itemsize > 1 else None
+            parts = [_tiff_region(page, row, col, height, width) for page in pages]
+            return _to_rgb(_stacked(parts), path, pages[0], brightest)
     return read_image(path)[row : row + height, col : col + width].copy()
 
 
@@ -217,14 +232,24 @@ def _open_tiff(path: Path):
 
 def _read_tiff(path: Path) -> np.ndarray:
     with _open_tiff(path) as tiff:
-        page = tiff.pages[0]
+        pages = _pages(tiff, path)
         try:
-            data = _pixels(page)
+            data = _stacked([_pixels(page) for page in pages])
         except Exception as error:  # tifffile and imagecodecs raise many kinds; all of them mean the same to a user
             raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
-        if len(tiff.pages) > 1 and all(other.shape == page.shape for other in tiff.pages):
-            _warn(path, f"has {len(tiff.pages)} pages of one size; only the first is read")
-        return _to_rgb(data, path, page)
+        return _to_rgb(data, path, pages[0])
+
+
+def _pages(tiff, path: Path) -> list:
+    """Return the page of a TIFF that is its image, or those of its red, green and blue, with a warning."""
+    numbers, remark = _colour_pages(path, file_stamp(path))
+    if remark:
+        warnings.warn(f"{path}: {remark}", ImageWarning, stacklevel=4)
+    return [tiff.pages[number] for number in numbers]
+
+
+def _stacked(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.stack(parts, axis=-1)
 
 
 def _planes(page) -> bool:
