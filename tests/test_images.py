@@ -1,4 +1,4 @@
-"""Images as microscopes' programs write them: channels on pages of their own, transparency, other label maps."""
+"""Images as microscopes' programs write them: channels on pages of their own, transparency, sizes of pixels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from nucseg.data import (
     ImageError,
     ImageWarning,
     Sample,
+    check_pixel_sizes,
     images,
     load_dataset,
+    pixel_size,
     read_image,
     read_region,
 )
 from nucseg.data.tiff_headers import colour_pages
+from nucseg.workflow.base import open_images
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 PLANES = np.moveaxis(RGB, -1, 0)
@@ -316,3 +319,76 @@ def test_a_label_map_of_another_size_is_refused_with_how_it_probably_came_to_it(
 
 def test_an_empty_label_map_is_of_another_size():
     assert another_size((40, 50), (0, 0)) == "they must be of one size"
+
+
+# --- Pixel sizes ------------------------------------------------------------------------------------------------------
+
+
+APERIO = "Aperio Image Library v11\n46000x32914 [0,100 46000x32814] (240x240) JPEG/RGB Q=30|AppMag = 40|MPP = 0.2520"
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "size"),
+    [
+        ("a.tif", {"resolution": (40000, 40000), "resolutionunit": "centimeter"}, 0.25),
+        ("a.tif", {"resolution": (50800, 50800), "resolutionunit": "inch"}, 0.5),
+        ("a.tif", {"resolution": (72, 72), "resolutionunit": "inch"}, None),
+        ("a.tif", {"resolution": (1, 1), "resolutionunit": "none"}, None),
+        ("a.tif", {"resolution": (4, 4), "resolutionunit": "none"}, None),
+        ("a.tif", {}, None),
+        ("a.ome.tif", {"metadata": {"PhysicalSizeX": 0.23, "PhysicalSizeXUnit": "µm"}}, 0.23),
+        ("a.ome.tif", {"metadata": {"PhysicalSizeX": 230.0, "PhysicalSizeXUnit": "nm"}}, 0.23),
+        ("a.ome.tif", {"metadata": {"PhysicalSizeX": 0.5}}, 0.5),
+        ("a.ome.tif", {"metadata": {"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}}, None),
+        ("a.ome.tif", {"metadata": {}, "resolution": (20000, 20000), "resolutionunit": "centimeter"}, 0.5),
+        ("a.tif", {"imagej": True, "resolution": (4, 4), "metadata": {"unit": "um"}}, 0.25),
+        ("a.tif", {"imagej": True, "resolution": (2, 2), "metadata": {"unit": "\\u00B5m"}}, 0.5),
+        ("a.tif", {"imagej": True, "resolution": (4000, 4000), "metadata": {"unit": "mm"}}, 0.25),
+        ("a.tif", {"imagej": True, "resolution": (4, 4), "metadata": {"unit": "pixel"}}, None),
+        ("a.svs", {"description": APERIO, "metadata": None}, 0.252),
+        ("a.svs", {"description": APERIO.replace("0.2520", "."), "metadata": None}, None),
+        ("a.png", {"dpi": (101600, 101600)}, 0.25),
+        ("a.png", {"dpi": (96, 96)}, None),
+        ("a.png", {}, None),
+        ("a.jpg", {"dpi": (300, 300)}, None),
+        ("a.jpg", {"dpi": (50800, 50800)}, 0.5),
+        ("a.webp", {}, None),
+    ],
+)
+def test_the_size_of_a_pixel_is_what_the_header_states_where_a_microscope_can_have_it(name, how, size, tmp_path):
+    path = tmp_path / name
+    if path.suffix in (".tif", ".svs"):
+        tifffile.imwrite(path, RGB, photometric="rgb", **how)
+    else:
+        Image.fromarray(RGB).save(path, **how)
+    assert pixel_size(path) == (None if size is None else pytest.approx(size, rel=0.001))
+
+
+def test_the_size_of_a_pixel_is_read_again_when_the_file_has_changed(tmp_path):
+    for size in (0.25, 0.5):
+        write(tmp_path / "a.tif", size)
+        assert pixel_size(tmp_path / "a.tif") == pytest.approx(size)
+
+
+def write(path: Path, size: float | None) -> None:
+    stated = {} if size is None else {"resolution": (10_000 / size,) * 2, "resolutionunit": "centimeter"}
+    side = 40 if size is None else int(100 * size)  # another size of file, whatever the clock says
+    tifffile.imwrite(path, np.zeros((side, side, 3), np.uint8), photometric="rgb", **stated)
+
+
+def test_images_of_different_magnifications_are_named_once_with_how_many_have_which(tmp_path):
+    for name, size in {"a": 0.25, "b": 0.252, "c": 0.23, "d": 0.25, "e": 0.5, "f": None}.items():
+        write(tmp_path / f"{name}.tif", size)
+    (tmp_path / "damaged.tif").write_bytes(b"no TIFF")
+    said = r"4 of 0.25 µm \(c, a, d and 1 more\); 1 of 0.5 µm \(e\)\. .* bring the images to one pixel size"
+    with pytest.warns(ImageWarning, match=said) as caught:
+        open_images(tmp_path)
+    assert len(caught) == 1
+
+
+def test_images_of_one_magnification_or_without_a_stated_one_give_no_warning(tmp_path):
+    for name, size in {"a": 0.25, "b": 0.29, "c": None}.items():
+        write(tmp_path / f"{name}.tif", size)
+    check_pixel_sizes(load_dataset(tmp_path).samples)
+    check_pixel_sizes([Sample.from_arrays("x", RGB)])
+    check_pixel_sizes([])

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from nucseg.annotations.errors import DataError
-from nucseg.data.tiff_headers import colour_pages
+from nucseg.data.tiff_headers import MICROMETRES, colour_pages, plausible, stated_pixel_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or openslide opens all of these
@@ -72,6 +72,17 @@ def image_shape(path: str | Path) -> tuple[int, int]:
     return _image_shape(path, file_stamp(path))
 
 
+def pixel_size(path: str | Path) -> float | None:
+    """Side of a pixel in micrometres as the file's header states it; remembered until the file changes.
+
+    OME and ImageJ descriptions, Aperio's MPP and resolution tags are understood. None where nothing is stated, or only
+    what no microscope has, as 72 dpi of a screen.
+    """
+    path = Path(path)
+    _check_file(path)
+    return _pixel_size(path, file_stamp(path))
+
+
 def file_stamp(path: Path) -> tuple[int, int]:
     """Time of change and size of a file: what is remembered about it holds as long as these do."""
     status = path.stat()
@@ -99,6 +110,19 @@ def _colour_pages(path: Path, stamp: tuple[int, int]) -> tuple[tuple[int, ...], 
             raise ImageError(f"{path}: {error}") from None
         except Exception as error:  # of a page after the first one
             raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _pixel_size(path: Path, stamp: tuple[int, int]) -> float | None:
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        with _open_tiff(path) as tiff:
+            return stated_pixel_size(tiff)
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        with _open_slide(path) as slide:
+            return plausible(float(slide.properties.get(f"{_slide_reader()}.mpp-x") or 0))
+    with _open_pillow(path) as image:
+        dots = float(image.info.get("dpi", (0, 0))[0])
+        return plausible(MICROMETRES["inch"] / dots) if dots > 0 else None
 
 
 @functools.lru_cache(maxsize=4096)

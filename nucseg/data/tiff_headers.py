@@ -1,4 +1,4 @@
-"""What a TIFF's header says of its pages: which of them hold the image's colours.
+"""What a TIFF's header says of its pages: which of them hold the image's colours, and how large a pixel is.
 
 Microscopes' programs write a colour image either as one page with three samples per pixel, or (OME, ImageJ) as three
 grey pages, one per channel. Fluorescence is written like the latter, with as many pages as there are dyes. Which axis
@@ -8,6 +8,7 @@ the pages are counted along, and what the channels are called, stands in text th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 COLOURS = ("red", "green", "blue")
 # words in channels' names that tell nothing: "Channel 1", "C:2/3", "RGB red", "TL Brightfield"
@@ -16,6 +17,14 @@ WORDLESS = {
     *("bf", "bright", "field", "brightfield", "tl", "transmitted", "light"),
 }
 POSITION = re.compile(r"^([czt]:\d+/\d+\s*)+(-\s*)?")  # "c:1/3 - " before what ImageJ calls a channel
+INCH, CENTIMETRE, MILLIMETRE, MICROMETRE = 2, 3, 4, 5  # of the tag ResolutionUnit
+MICROMETRES = {  # in one of the unit
+    **{"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0},
+    **{"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400.0, "inch": 25400.0},
+}
+TAG_UNITS = {INCH: 25400.0, CENTIMETRE: 1e4, MILLIMETRE: 1e3, MICROMETRE: 1.0}
+FINEST, COARSEST = 0.05, 5.0  # micrometres: pixels of microscopes are 0.1 (100x) to 4 (2.5x); those of screens, 350
+MPP = re.compile(r"\bMPP\s*=\s*([0-9.]+)")  # Aperio's description
 
 
 def colour_pages(tiff) -> tuple[tuple[int, ...], str]:
@@ -73,6 +82,16 @@ def colour_pages(tiff) -> tuple[tuple[int, ...], str]:
     )
 
 
+def stated_pixel_size(tiff) -> float | None:
+    """Return the side of a pixel in micrometres that the header of an open `tifffile.TiffFile` states, or None."""
+    return next(filter(None, map(plausible, _stated(tiff))), None)
+
+
+def plausible(size: float) -> float | None:
+    """Return a pixel's size in micrometres, but None where no microscope has it: it is a screen's or a printer's."""
+    return size if FINEST <= size <= COARSEST else None
+
+
 def _series(tiff):
     try:
         return tiff.series[0]
@@ -116,3 +135,26 @@ def _colour_order(names: list[str]) -> tuple[int, ...] | None:
     if sorted(colour for colour in colours if colour is not None) == [0, 1, 2]:
         return tuple(map(colours.index, range(3)))
     return (0, 1, 2) if all(colour in (None, i) for i, colour in enumerate(colours)) else None
+
+
+def _stated(tiff) -> Iterator[float]:
+    """Pixel sizes in micrometres as OME, Aperio, ImageJ and the TIFF's own tags state them, in this order."""
+    page = tiff.pages[0]
+    pixels = _ome_pixels(tiff)
+    if pixels is not None and (size := _number(pixels.get("PhysicalSizeX"))):
+        yield size * MICROMETRES.get(pixels.get("PhysicalSizeXUnit", "µm"), 0.0)
+    if found := MPP.search(page.description):
+        yield _number(found[1])
+    across = page.tags.valueof("XResolution")  # pixels per unit, a fraction
+    if not across or not all(across):
+        return
+    unit = str((tiff.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ").strip()
+    yield across[1] / across[0] * MICROMETRES.get(unit, 0.0)
+    yield across[1] / across[0] * TAG_UNITS.get(page.tags.valueof("ResolutionUnit", INCH), 0.0)
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or 0)
+    except ValueError:
+        return 0.0
