@@ -8,7 +8,7 @@ from nucseg.annotations.geojson import (
     read_geojson_sparse,
     write_geojson,
 )
-from nucseg.annotations.label_images import read_labels, write_labels
+from nucseg.annotations.label_images import another_size, read_labels, write_labels
 from nucseg.annotations.polygons import AnnotationReport
 from nucseg.annotations.sparse import SparseLabels
 from nucseg.annotations.xml import read_xml, read_xml_report, read_xml_sparse
@@ -19,6 +19,7 @@ __all__ = [
     "AnnotationWarning",
     "LabelWarning",
     "SparseLabels",
+    "another_size",
     "read_geojson",
     "read_geojson_patches",
     "read_geojson_report",

@@ -113,6 +113,41 @@ def write_labels(path: str | Path, labels: np.ndarray) -> None:
                 tifffile.imwrite(file, _tiles(labels, kind), **where, **how)
 
 
+def another_size(image: tuple[int, int], labels: tuple[int, int]) -> str:
+    """Say how a label map probably came to another size than its image, and what to do: the end of a message.
+
+    Parameters
+    ----------
+    image, labels
+        Height and width of both in pixels; they differ.
+
+    Examples
+    --------
+    >>> another_size((1000, 800), (800, 1000))
+    'its sides are swapped: it was saved turned or transposed; save it as the image lies'
+    >>> another_size((1000, 801), (500, 400))
+    'it is at 1/2 of the resolution of the image; export it at full resolution'
+    """
+    if image == labels[::-1]:
+        return "its sides are swapped: it was saved turned or transposed; save it as the image lies"
+    if times := _times(image, labels):
+        return f"it is at 1/{times} of the resolution of the image; export it at full resolution"
+    if times := _times(labels, image):
+        return (
+            f"it is at {times} times the resolution of the image; put the image there that it was drawn on, or export "
+            "it at the resolution of this one"
+        )
+    return "they must be of one size"
+
+
+def _times(large: tuple[int, int], small: tuple[int, int]) -> int | None:
+    """How many times one size is the other, up to the pixel that programs round away; None if it is no multiple."""
+    times = round(large[0] / small[0]) if all(small) else 0
+    if times > 1 and all(s in (side // times, -(-side // times)) for side, s in zip(large, small, strict=True)):
+        return times
+    return None
+
+
 def _tiles(labels: np.ndarray, kind: type) -> Iterator[np.ndarray]:
     """Cut a label map into squares of `TILE` pixels, row by row, the last ones filled up with background."""
     for row in range(0, labels.shape[0], TILE):

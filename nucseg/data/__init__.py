@@ -13,7 +13,8 @@ from nucseg.annotations.errors import DataError
 from nucseg.config import nearest
 from nucseg.data.dataset import Dataset, MissingData, Sample
 from nucseg.data.folder import load as load_folder
-from nucseg.data.images import ImageError, ImageWarning, read_image, read_region
+from nucseg.data.images import ImageError, ImageWarning, pixel_size, read_image, read_region
+from nucseg.data.pixel_sizes import check_pixel_sizes
 from nucseg.patches import Patch
 
 NAMES = ("tissue", "kumar", "monuseg", "tnbc")
@@ -27,9 +28,11 @@ __all__ = [
     "MissingData",
     "Patch",
     "Sample",
+    "check_pixel_sizes",
     "data_root",
     "load_dataset",
     "load_folder",
+    "pixel_size",
     "read_image",
     "read_region",
 ]

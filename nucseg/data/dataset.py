@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from nucseg.annotations import another_size
 from nucseg.annotations.errors import DataError
 from nucseg.config import nearest
 from nucseg.data.images import ImageError, check_region
@@ -53,7 +54,10 @@ class Sample:
         if labels is not None:
             labels = check_label_map(labels).astype(np.int32)
             if labels.shape != image.shape[:2]:
-                raise DataError(f"{id}: the image is {image.shape[:2]} pixels, but its labels are {labels.shape}")
+                raise DataError(
+                    f"{id}: the image is {image.shape[:2]} pixels, but its label map is {labels.shape}; "
+                    f"{another_size(image.shape[:2], labels.shape)}"
+                )
         return cls(id, ArraySource(image, labels), **about)
 
     @property

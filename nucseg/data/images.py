@@ -1,8 +1,8 @@
 """Reading images: 8-bit RGB in the end, whole or by region, and a plain reason whenever a file cannot be one.
 
-8-bit RGB is the norm. What is transparent is laid on white; grey, palette and 16-bit images are converted with a
-warning; CMYK, float, truncated, empty and non-image files are `ImageError`s that name the file and the reason. An
-orientation tag is never applied: label maps are drawn on the pixels as they are stored.
+8-bit RGB is the norm. What is transparent is laid on white; grey, palette and 16-bit images and TIFFs with one page per
+colour are converted with a warning; CMYK, float, fluorescence, truncated, empty and non-image files are `ImageError`s
+that name the file and the reason. An orientation tag is never applied: label maps are drawn on the pixels as stored.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from nucseg.annotations.errors import DataError
+from nucseg.data.tiff_headers import MICROMETRES, colour_pages, plausible, stated_pixel_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or openslide opens all of these
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn")
 ORIENTATION_TAG = 274
 TIFF_CMYK, TIFF_WHITE_IS_ZERO, TIFF_PALETTE = 5, 0, 3
+TIFF_ALPHA = (1, 2)  # kinds of an extra sample: alpha that the colours are multiplied with, or not
+GREY = "is grey and was copied to three channels; nuclei models expect H&E colours"
 
 
 class ImageError(DataError):
@@ -49,12 +52,13 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises
     ------
     ImageError
-        When the file is no image, is truncated, has no pixels, or is CMYK or floating point.
+        When the file is no image, is truncated, has no pixels, is CMYK or floating point, or has channels that are
+        not red, green and blue.
 
     Warns
     -----
     ImageWarning
-        When grey, palette or 16-bit values were converted.
+        When grey, palette or 16-bit values were converted, or pages were left out or put together.
     """
     path = Path(path)
     _check_file(path)
@@ -66,6 +70,17 @@ def image_shape(path: str | Path) -> tuple[int, int]:
     path = Path(path)
     _check_file(path)
     return _image_shape(path, file_stamp(path))
+
+
+def pixel_size(path: str | Path) -> float | None:
+    """Side of a pixel in micrometres as the file's header states it; remembered until the file changes.
+
+    OME and ImageJ descriptions, Aperio's MPP and resolution tags are understood. None where nothing is stated, or only
+    what no microscope has, as 72 dpi of a screen.
+    """
+    path = Path(path)
+    _check_file(path)
+    return _pixel_size(path, file_stamp(path))
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -82,14 +97,39 @@ def reads_regions(path: str | Path) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _brightest(path: Path, stamp: tuple[int, int]) -> int:
     with _open_tiff(path) as tiff:
-        return int(_pixels(tiff.pages[0]).max())
+        pages = [tiff.pages[number] for number in _colour_pages(path, stamp)[0]]
+        return max(int(_samples(_pixels(page), page).max()) for page in pages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _colour_pages(path: Path, stamp: tuple[int, int]) -> tuple[tuple[int, ...], str]:
+    with _open_tiff(path) as tiff:
+        try:
+            return colour_pages(tiff)
+        except ValueError as error:
+            raise ImageError(f"{path}: {error}") from None
+        except Exception as error:  # of a page after the first one
+            raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _pixel_size(path: Path, stamp: tuple[int, int]) -> float | None:
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        with _open_tiff(path) as tiff:
+            return stated_pixel_size(tiff)
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        with _open_slide(path) as slide:
+            return plausible(float(slide.properties.get(f"{_slide_reader()}.mpp-x") or 0))
+    with _open_pillow(path) as image:
+        dots = float(image.info.get("dpi", (0, 0))[0])
+        return plausible(MICROMETRES["inch"] / dots) if dots > 0 else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _image_shape(path: Path, stamp: tuple[int, int]) -> tuple[int, int]:
     if path.suffix.lower() in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
-            page = tiff.pages[0]
+            page = tiff.pages[_colour_pages(path, stamp)[0][0]]
             return int(page.imagelength), int(page.imagewidth)
     if path.suffix.lower() in SLIDE_SUFFIXES:
         with _open_slide(path) as slide:
@@ -131,10 +171,11 @@ def read_region(path: str | Path, row: int, col: int, height: int, width: int) -
             return _on_white(np.asarray(slide.read_region((col, row), 0, (width, height))))
     if suffix in TIFF_SUFFIXES:
         with _open_tiff(path) as tiff:
-            page = tiff.pages[0]
+            pages = _pages(tiff, path)
             # a region of deep pixels must be reduced like the whole image, not by its own brightest pixel
-            brightest = _brightest(path, file_stamp(path)) if page.dtype.itemsize > 1 else None
-            return _to_rgb(_tiff_region(page, row, col, height, width), path, page, brightest)
+            brightest = _brightest(path, file_stamp(path)) if pages[0].dtype.itemsize > 1 else None
+            parts = [_tiff_region(page, row, col, height, width) for page in pages]
+            return _to_rgb(_stacked(parts), path, pages[0], brightest)
     return read_image(path)[row : row + height, col : col + width].copy()
 
 
@@ -183,10 +224,13 @@ def _read_pillow(path: Path) -> np.ndarray:
             _warn(path, "has an orientation tag, which is ignored: pixels are read as they are stored")
         if mode == "CMYK":
             raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
-        if mode in ("RGB", "RGBA"):
-            return _on_white(np.array(image))
-        if mode in ("P", "YCbCr", "LAB", "HSV"):
-            _warn(path, f"was converted from {'palette' if mode == 'P' else mode} colours to RGB")
+        if mode in ("P", "PA", "YCbCr", "LAB", "HSV"):
+            _warn(path, f"was converted from {'palette' if mode in ('P', 'PA') else mode} colours to RGB")
+        if mode in ("1", "L", "LA", "RGB", "RGBA", "P", "PA") and image.has_transparency_data:
+            if mode in ("1", "L", "LA"):
+                _warn(path, GREY)
+            return _on_white(np.array(image.convert("RGBA")))
+        if mode in ("RGB", "P", "YCbCr", "LAB", "HSV"):
             return np.array(image.convert("RGB"))
         if mode == "1":
             return _to_rgb(np.array(image).astype(np.uint8) * 255, path)
@@ -212,14 +256,24 @@ def _open_tiff(path: Path):
 
 def _read_tiff(path: Path) -> np.ndarray:
     with _open_tiff(path) as tiff:
-        page = tiff.pages[0]
+        pages = _pages(tiff, path)
         try:
-            data = _pixels(page)
+            data = _stacked([_pixels(page) for page in pages])
         except Exception as error:  # tifffile and imagecodecs raise many kinds; all of them mean the same to a user
             raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
-        if len(tiff.pages) > 1 and all(other.shape == page.shape for other in tiff.pages):
-            _warn(path, f"has {len(tiff.pages)} pages of one size; only the first is read")
-        return _to_rgb(data, path, page)
+        return _to_rgb(data, path, pages[0])
+
+
+def _pages(tiff, path: Path) -> list:
+    """Return the page of a TIFF that is its image, or those of its red, green and blue, with a warning."""
+    numbers, remark = _colour_pages(path, file_stamp(path))
+    if remark:
+        warnings.warn(f"{path}: {remark}", ImageWarning, stacklevel=4)
+    return [tiff.pages[number] for number in numbers]
+
+
+def _stacked(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.stack(parts, axis=-1)
 
 
 def _planes(page) -> bool:
@@ -287,25 +341,35 @@ def _to_rgb(data: np.ndarray, path: Path, page=None, brightest: int | None = Non
     """Turn decoded values of any common kind into (H, W, 3) uint8, with a warning where it matters."""
     if page is not None and page.photometric == TIFF_CMYK:
         raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
-    if data.ndim == 3 and data.shape[2] in (1, 2):  # grey, or grey with alpha
-        data = data[..., 0]
-    if data.ndim not in (2, 3) or (data.ndim == 3 and data.shape[2] not in (3, 4)) or 0 in data.shape:
+    data = _samples(data[..., None] if data.ndim == 2 else data, page)
+    if data.ndim != 3 or data.shape[2] not in (1, 2, 3, 4) or 0 in data.shape:
         raise ImageError(f"{path}: expected an RGB image, got an array of shape {data.shape}; is it a stack or a mask?")
     if data.dtype.kind == "f":
         raise ImageError(f"{path}: floating-point pixels; save it as 8-bit RGB")
     if data.dtype.kind == "b":
         data = data.astype(np.uint8) * 255
-    if page is not None and data.ndim == 2 and page.photometric == TIFF_PALETTE and page.colormap is not None:
+    few = data.shape[2] < 3  # grey, with alpha or without
+    if few and page is not None and page.photometric == TIFF_PALETTE and page.colormap is not None:
         _warn(path, "was converted from palette colours to RGB")
-        return np.ascontiguousarray((page.colormap[:, data] >> 8).astype(np.uint8).transpose(1, 2, 0))
+        colours = (page.colormap[:, data[..., 0]] >> 8).transpose(1, 2, 0)
+        opaque = data[..., 1:] >> 8 * (data.dtype.itemsize - 1)
+        return _on_white(np.concatenate([colours, opaque], axis=2).astype(np.uint8))
     if data.dtype != np.uint8:
         data = _to_8_bit(data, path, brightest)
-    if data.ndim == 2:
-        _warn(path, "is grey and was copied to three channels; nuclei models expect H&E colours")
-        if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
-            data = 255 - data
-        data = np.repeat(data[..., None], 3, axis=2)
+    if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
+        colours, opaque = np.split(data, [1 if few else 3], axis=2)
+        data = np.concatenate([255 - colours, opaque], axis=2)
+    if few:
+        _warn(path, GREY)
+        data = np.concatenate([np.repeat(data[..., :1], 3, axis=2), data[..., 1:]], axis=2)
     return _on_white(data)
+
+
+def _samples(data: np.ndarray, page) -> np.ndarray:
+    """Leave out of (H, W, 2) the second sample of a grey TIFF page that says it is no alpha."""
+    if data.ndim == 3 and data.shape[2] == 2 and page is not None and not set(page.extrasamples) & set(TIFF_ALPHA):
+        return data[..., :1]
+    return data
 
 
 def _on_white(data: np.ndarray) -> np.ndarray:

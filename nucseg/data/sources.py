@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nucseg.annotations import read_labels, read_xml
+from nucseg.annotations import another_size, read_labels, read_xml
 from nucseg.annotations.errors import DataError
 from nucseg.annotations.geojson import read_geojson
 from nucseg.data.images import file_stamp, image_shape, read_image, read_region, reads_regions
@@ -142,8 +142,8 @@ class FileSource:
         labels = read_labels(self.label_path, binary=True if self.components else None)
         if labels.shape != shape:
             raise DataError(
-                f"{self.image_path} has {shape[0]} x {shape[1]} pixels (rows x columns), but its labels "
-                f"{self.label_path} have {labels.shape[0]} x {labels.shape[1]}; they must be of one size"
+                f"{self.image_path} has {shape[0]} x {shape[1]} pixels (rows x columns), but its label map "
+                f"{self.label_path} has {labels.shape[0]} x {labels.shape[1]}; {another_size(shape, labels.shape)}"
             )
         return labels
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nucseg.data import NAMES, Dataset, Sample, load_dataset, load_folder
+from nucseg.data import NAMES, Dataset, Sample, check_pixel_sizes, load_dataset, load_folder
 from nucseg.devices import pick_device
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
@@ -36,7 +36,9 @@ def open_images(place: str | Path) -> Dataset:
     """
     path = Path(place).expanduser()
     if path.is_dir():
-        return load_folder(path)
+        dataset = load_folder(path)
+        check_pixel_sizes(dataset.samples)
+        return dataset
     if str(place) not in NAMES:
         kind = "is a file: name the folder that holds it" if path.is_file() else "no such folder"
         raise WorkflowError(f"{place}: {kind}")
