@@ -117,6 +117,13 @@ def distinct(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.groupby(same, sort=False, dropna=False)["AJI"].mean().reset_index()
 
 
+def of_the_weights(frame: pd.DataFrame) -> tuple[float, int]:
+    """Return how far the AJI of equal choices differs: pooled standard deviation (NaN if none are equal), degrees."""
+    choices = frame.groupby(["strategy", *MEASURES], sort=False, dropna=False)["AJI"]
+    squares, degrees = ((frame["AJI"] - choices.transform("mean")) ** 2).sum(), len(frame) - choices.ngroups
+    return float(np.sqrt(squares / degrees)) if degrees else float("nan"), degrees
+
+
 def correlations(frame: pd.DataFrame) -> pd.DataFrame:
     """Return, for each of the `MEASURES`, its rank correlation with AJI over all choices and within strategies.
 
@@ -157,7 +164,14 @@ def as_markdown(frame: pd.DataFrame, caption: str, rounds: int = 0) -> str:
         body.append([Cell(text) for text in (MEASURES[name], *numbers, p, *(f"{v:.3g}" for v in means[name]))])
     after = f"{rounds} round{'s' * (rounds > 1)} on unlabelled images" if rounds else "no pseudo labels"
     told = {"distinct": len(distinct(frame)), "all": len(frame), "rounds": after}
-    return markdown(caption, header, body, [note.format(**told) for note in NOTES])
+    notes = [note.format(**told) for note in NOTES]
+    spread, degrees = of_the_weights(frame)
+    if degrees:
+        notes.append(
+            f"Of equal choices, trained with other seeds, AJI differs by {spread:.3f} (standard deviation, pooled, "
+            f"{degrees} degrees of freedom): so much is the weights' alone."
+        )
+    return markdown(caption, header, body, notes)
 
 
 def write(run: Pipeline) -> tuple[Path, ...]:

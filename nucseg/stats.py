@@ -161,6 +161,53 @@ def seed_test(a: ArrayLike, b: ArrayLike, *, same: bool = False, level: float = 
     return SeedTest(difference, float(low), float(high), float(test.pvalue))
 
 
+def crossed_bootstrap(
+    a: ArrayLike, b: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Compare two systems over seeds and images at once: would other seeds on other images have given the same order?
+
+    Seeds of a, seeds of b, and images, which both share, are drawn anew in every resample. The interval is wider than
+    that over seeds (`seed_test`) or over images (`paired_tests`), for each of these holds the other as it is.
+
+    Parameters
+    ----------
+    a, b
+        One score per seed and image, (n_a, n) and (n_b, n), with the same images in the same columns.
+    level
+        Coverage of the interval, in (0, 1).
+    resamples, seed
+        Bootstrap resamples (percentile method), and their seed.
+
+    Returns
+    -------
+    tuple of float
+        The mean difference a - b, and the ends of its interval; NaN with fewer than two seeds or images.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of images differ, or a score is NaN or infinite.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not a.size or not b.size:
+        raise ValueError(f"a and b: expected (seeds, images) with equal images, got {a.shape} and {b.shape}")
+    for name, scores in (("a", a), ("b", b)):
+        _check_finite(name, scores.ravel(), None)
+    difference = float(a.mean() - b.mean())
+    if min(*a.shape, len(b)) < 2:
+        return difference, float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    of_a, of_b, of_images = (_weights(rng, n, resamples) for n in (len(a), len(b), a.shape[1]))
+    drawn = ((of_a @ a - of_b @ b) * of_images).sum(axis=1)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return difference, float(low), float(high)
+
+
+def _weights(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    """Return how often each of n things is in each resample, as shares."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+
+
 class RankTest(NamedTuple):
     """Several systems on the same images, compared by their ranks (Demsar 2006).
 

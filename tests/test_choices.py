@@ -48,7 +48,12 @@ def test_seeds_that_chose_the_same_patches_are_one_choice():
     copies = frame.assign(seed=frame["seed"] + 100, AJI=frame["AJI"] + 0.01)
     twice = pd.concat([frame.assign(AJI=frame["AJI"] - 0.01), copies], ignore_index=True)
     pd.testing.assert_frame_equal(choices.correlations(twice), choices.correlations(frame))
-    assert "24 of 48" in choices.as_markdown(twice, "A caption")
+    text = choices.as_markdown(twice, "A caption")
+    assert "24 of 48" in text
+    assert choices.of_the_weights(twice) == (pytest.approx(0.01 * np.sqrt(2)), 24)  # two values, 0.02 apart
+    assert "AJI differs by 0.014 (standard deviation, pooled, 24 degrees of freedom)" in text
+    assert np.isnan(choices.of_the_weights(frame)[0])
+    assert "differs by" not in choices.as_markdown(frame, "A caption")
 
 
 def test_chance_is_told_from_nothing_as_often_as_the_level_says():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, special
 
-from nucseg.stats import effect_size, friedman_nemenyi, holm, paired_tests, seed_test
+from nucseg.stats import crossed_bootstrap, effect_size, friedman_nemenyi, holm, paired_tests, seed_test
 
 
 def student_p(t, degrees):
@@ -219,6 +219,29 @@ def test_seeds_that_cannot_be_compared_are_refused():
         seed_test([], [0.1])
     with pytest.raises(ValueError, match="level"):
         seed_test([0.1, 0.3], [0.1, 0.2], level=1.0)
+
+
+def test_the_bootstrap_over_seeds_and_images_is_as_wide_as_both_together():
+    rng = np.random.default_rng(3)
+    of_seeds, of_images = rng.normal(0, 0.03, (2, 12, 1)), rng.normal(0, 0.04, (2, 1, 14))
+    a, b = 0.5 + of_seeds + of_images
+    difference, low, high = crossed_bootstrap(a + 0.02, b)
+    assert difference == pytest.approx(a.mean() + 0.02 - b.mean())
+    expected = math.sqrt(of_seeds[:, :, 0].var(axis=1).sum() / 12 + (of_images[0] - of_images[1]).var() / 14)
+    assert (high - low) / (2 * 1.96) == pytest.approx(expected, rel=0.05)
+    assert crossed_bootstrap(a + 0.02, b) == (difference, low, high)
+    over_images = paired_tests(a.mean(axis=0), b.mean(axis=0))
+    assert high - low > over_images.ci_high - over_images.ci_low
+
+
+def test_the_bootstrap_over_seeds_and_images_needs_both_and_the_same_images():
+    one = np.full((1, 5), 0.5)
+    assert crossed_bootstrap(one + 0.1, one)[0] == pytest.approx(0.1)
+    assert np.isnan(crossed_bootstrap(one, one)[1:]).all()
+    with pytest.raises(ValueError, match="equal images, got \\(1, 5\\) and \\(1, 4\\)"):
+        crossed_bootstrap(one, one[:, :4])
+    with pytest.raises(ValueError, match="a"):
+        crossed_bootstrap(one * np.nan, one)
 
 
 def test_holm_of_a_worked_example():

@@ -3,7 +3,8 @@ hardly a nucleus, and by unlabelled pixels.
 
     python -m nucseg.tables.reading docs/results.md     # or: make readme
 
-Intervals are over seeds, as in the tables of `nucseg tables` and `nucseg compare`; here two sets stand side by side.
+Intervals are over seeds, as in the tables of `nucseg tables` and `nucseg compare`, unless a column says that they are
+over seeds and images; here two sets stand side by side.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 from nucseg.outcomes import REFERENCE, signed
 from nucseg.profiles import load_profile
+from nucseg.stats import crossed_bootstrap
 from nucseg.tables.between import measured_of, of_seeds
 from nucseg.tables.pages import rewrite
 from nucseg.tables.table import DATASET_NAMES, Measured, over_seeds
@@ -31,7 +33,8 @@ def choices() -> str:
         found[dataset] = measured_of(CHOICES, dataset)
         seeds = {e.seed for e in found[dataset][f"S.{REFERENCE}"].found}
         name = DATASET_NAMES[dataset]
-        header += [f"{name}, {len(seeds)} seeds", f"the {len(seeds - pilot)} that the pilot did not have", "nuclei"]
+        header += [f"{name}, {len(seeds)} seeds", f"the {len(seeds - pilot)} that the pilot did not have"]
+        header += ["these over seeds and images", "nuclei"]
     lines = []
     for row in _by_score(found):
         cells = [_word(row)]
@@ -39,9 +42,10 @@ def choices() -> str:
             one, chance = found[dataset][row], found[dataset][f"S.{REFERENCE}"]
             new = {e.seed for e in one.found} - pilot
             if row == f"S.{REFERENCE}":
-                cells += [_mean(one), ""]
+                cells += [_mean(one), "", ""]
             else:
-                cells += [_difference(one, chance), _difference(of_seeds(one, new), of_seeds(chance, new))]
+                pair = of_seeds(one, new), of_seeds(chance, new)
+                cells += [_difference(one, chance), _difference(*pair), _over_both(*pair)]
             cells.append(f"{one.mean('label_nuclei')[0]:.1f}")
         lines.append(cells)
     return _markdown(header, lines)
@@ -111,6 +115,12 @@ def _difference(one: Measured, other: Measured) -> str:
     test = over_seeds(one, other)
     difference, low, high = (signed(value, 3, "n/a") for value in test[:3])
     return f"{difference} ({low} to {high})"
+
+
+def _over_both(one: Measured, other: Measured) -> str:
+    scores = [each.lines.pivot(index="seed", columns="image_id", values="aji") for each in (one, other)]
+    low, high = (signed(value, 3, "n/a") for value in crossed_bootstrap(*scores)[1:])
+    return f"{low} to {high}"
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
