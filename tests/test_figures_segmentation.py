@@ -58,12 +58,18 @@ def test_a_system_that_was_not_run_has_no_column_but_is_named_below():
     figure.canvas.draw()
 
 
-def test_one_run_that_stands_for_two_systems_is_named_as_such():
+def test_one_run_that_stands_for_two_systems_has_one_column_with_both_names():
     image = np.zeros((40, 40, 3), dtype=np.uint8)
     rows = [(image, square(), dict.fromkeys(COLUMNS[2:4], square()) | {COLUMNS[0]: square(at=a)}) for a in (10, 11)]
-    assert figure7(rows, (COLUMNS[0], *COLUMNS[2:4])).get_supxlabel() == "the same predictions: HoVer-Net, MRCNN"
+    figure = figure7(rows, (COLUMNS[0], *COLUMNS[2:4]))
+    assert [axis.get_title() for axis in figure.axes] == [COLUMNS[0], "HoVer-Net, MRCNN", "", ""]
+    assert figure.get_supxlabel() == ""
+    names = {f"{COLUMNS[2]}\n[lite]": square(), f"{COLUMNS[3]}\n[lite]": square()}
+    assert figure7([(image, square(), names)], tuple(names)).axes[0].get_title() == "HoVer-Net, MRCNN\n[lite]"
+    names = {f"{COLUMNS[2]}\n[lite]": square(), COLUMNS[3]: square()}
+    assert figure7([(image, square(), names)], tuple(names)).axes[0].get_title() == "HoVer-Net [lite],\nMRCNN"
     everything = {name: square(at=9 + i) for i, name in enumerate(COLUMNS)}
-    assert figure7([(image, square(), everything)]).get_supxlabel() == ""
+    assert sum(bool(axis.images) for axis in figure7([(image, square(), everything)]).axes) == len(COLUMNS)
 
 
 def test_a_system_that_lacks_one_of_the_crops_has_a_panel_that_says_so():

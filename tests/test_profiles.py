@@ -109,6 +109,13 @@ def test_a_profile_of_ones_own_is_read_from_its_file(tmp_path):
     assert load_profile(write(tmp_path, mask_count=3)).mask_count == 3
 
 
+def test_a_profile_in_the_home_folder_is_found_by_its_tilde(tmp_path, monkeypatch):
+    path = write(tmp_path, mask_count=3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_profile("~/mine.yaml").mask_count == 3
+    assert absolute_arguments("~/mine.yaml", "tissue", "")[0] == str(path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -103,7 +103,8 @@ def figure_realism(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     -------
     figure
         Cumulative shares: at each value, how many nuclei (or masks) lie below it. The area between a curve and that of
-        the real masks is their Wasserstein distance, which stands in the panel.
+        the real masks is their Wasserstein distance, which stands above the panel; areas of nuclei have a logarithmic
+        axis, on which it is not.
     """
     figure = Figure(figsize=(11, 2.9), layout="constrained")
     real, *others = kinds
@@ -111,10 +112,12 @@ def figure_realism(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         for kind, colour in zip(kinds, ("black", "#4477aa", "#ee7733"), strict=False):
             if (values := kinds[kind][name]).size:
                 axis.ecdf(values, color=colour, linewidth=1.6 if kind == real else 1.1, label=kind)
-        far = [f"{kind} {distance:.3g}" for kind in others
+        far = [f"{kind} {distance:.2g}" for kind in others
                if np.isfinite(distance := realism(kinds[real], kinds[kind])[name])]  # fmt: skip
-        axis.set_title("distance of\n" + ", ".join(far), fontsize=7)
+        axis.set_title("distance: " + ", ".join(far), fontsize=7.5)
         axis.set_xlabel(_UNITS[name], fontsize=8)
+        if name == "area":  # one polygon over half a patch would squeeze all others into a line
+            axis.set_xscale("log")
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("share below", fontsize=8)

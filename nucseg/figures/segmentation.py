@@ -14,10 +14,11 @@ from nucseg.labels import check_label_map
 
 # The paper's columns, in its order.
 COLUMNS = ("HoVer-Net + Ours", "MRCNN + Ours", "HoVer-Net", "MRCNN", "NaiveAug + Plabel", "pix2pix + MRCNN")
-_SIDE = 2.1  # inches of a panel
+_SIDE, _WIDTH = (2.1, 2.8), 8.4  # inches of a panel, at least and at most, and of all of them where that is enough
 # Yellow, green and red mixed, is where the outlines agree. Told apart without red and green too (Okabe and Ito).
 TRUTH, PREDICTION, BOTH = (0, 158, 115), (213, 94, 0), (240, 228, 66)
-AGREE = 2  # pixels that two outlines may lie apart and still agree
+# Pixels that two outlines may lie apart and still agree. Two all around a stromal nucleus, 8 pixels wide, are half of it.
+AGREE = 1
 
 
 class Row(NamedTuple):
@@ -40,7 +41,7 @@ def figure7(
         `Row`, or a plain tuple (image, labels, predictions[, title]).
     columns
         Systems, left to right. One without any prediction has no column, but is named in a line below: nothing is left
-        out silently. Two with the same predictions, such as one run that stands for two systems, are named there too.
+        out silently. Two with the same predictions, such as one run that stands for two systems, share a column.
     scores
         Column -> AJI of each row, printed below the panels.
 
@@ -64,18 +65,21 @@ def figure7(
     columns = [name for name in columns if name not in absent]
     if not columns:
         raise ValueError("rows: no prediction of any system; nothing of this figure was run")
-    figure = Figure(figsize=(_SIDE * max(len(columns), 2), (_SIDE + 0.15) * len(rows) + 0.5), layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    groups = _alike(rows, columns)
+    side = min(max(_WIDTH / len(groups), _SIDE[0]), _SIDE[1])
+    figure = Figure(figsize=(side * max(len(groups), 2), (side + 0.15) * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), len(groups), squeeze=False)
     for i, (row, line) in enumerate(zip(rows, axes, strict=True)):
-        for column, axis in zip(columns, line, strict=True):
+        for group, axis in zip(groups, line, strict=True):
+            column = group[0]
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set_visible(False)
             if i == 0:
-                axis.set_title(column, fontsize=9)
+                axis.set_title(_title(group), fontsize=9)
             if column in row.predictions:
                 pixels = max(row.labels.shape) * _enlargement(row.labels)
-                width = math.ceil(pixels / (100 * _SIDE))  # a line of at least one pixel when printed at 100 dpi
+                width = math.ceil(pixels / (100 * side))  # a line of at least one pixel when printed at 100 dpi
                 drawn = overlay(row.image, row.labels, row.predictions[column], width)
                 axis.imshow(drawn, interpolation="antialiased")
                 if scores and column in scores:
@@ -89,21 +93,26 @@ def figure7(
     figure.legend(
         handles=[
             _line(TRUTH, "ground truth, missed"), _line(PREDICTION, "prediction, false"),
-            _line(BOTH, f"both, within {AGREE} pixels"),
+            _line(BOTH, f"both, within {AGREE} pixel"),
         ],
         loc="outside upper center", ncols=3, frameon=False, fontsize=9,
     )  # fmt: skip
-    notes = [
-        f"the same predictions: {', '.join(' '.join(name.split()) for name in same)}" for same in _alike(rows, columns)
-    ]
-    notes += [f"not run in this profile: {', '.join(name.splitlines()[0] for name in absent)}"] * bool(absent)
-    if notes:
-        figure.supxlabel("\n".join(notes), fontsize=8, color="0.35")
+    if absent:
+        names = ", ".join(name.splitlines()[0] for name in absent)
+        figure.supxlabel(f"not run in this profile: {names}", fontsize=8, color="0.35")
     return figure
 
 
+def _title(group: Sequence[str]) -> str:
+    """Return the names of a column's systems, what several have below their names once."""
+    heads, _, tails = zip(*(name.partition("\n") for name in group), strict=True)
+    if len(set(tails)) > 1:
+        return ",\n".join(" ".join(name.split()) for name in group)
+    return f"{', '.join(heads)}\n{tails[0]}".strip()
+
+
 def _alike(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
-    """Return the groups of columns whose label maps are equal in every crop."""
+    """Return the columns in groups, those together whose label maps are equal in every crop."""
     groups: list[list[str]] = []
     for name in columns:
         for group in groups:
@@ -113,7 +122,7 @@ def _alike(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
                 break
         else:
             groups.append([name])
-    return [group for group in groups if len(group) > 1]
+    return groups
 
 
 def overlay(image: np.ndarray, true: np.ndarray, pred: np.ndarray, width: int = 1) -> np.ndarray:

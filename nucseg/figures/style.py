@@ -96,6 +96,11 @@ def panels(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int =
     return figure
 
 
+def signed(values: np.ndarray) -> np.ndarray:
+    """Paint numbers from -1 to 1, (H, W), blue below 0, white at 0 and red above; (H, W, 3) float in 0..1."""
+    return colormaps["RdBu_r"]((np.clip(values, -1, 1) + 1) / 2)[..., :3]
+
+
 def outline(image: np.ndarray, labels: np.ndarray, colour: tuple[float, float, float] = (1.0, 0.85, 0.0)) -> np.ndarray:
     """Draw the nuclei of a label map (H, W) as outlines on an image (H, W, 3) uint8; (H, W, 3) float in 0..1."""
     return mark_boundaries(image, labels, color=colour, mode="inner")

@@ -149,7 +149,7 @@ def load_profile(name: str | Path) -> Profile:
         For an unknown profile, or a setting with an unknown name or a value of the wrong type or range; the message
         names the nearest valid one.
     """
-    path = FOLDER / f"{name}.yaml" if str(name) in names() else Path(name)
+    path = FOLDER / f"{name}.yaml" if str(name) in names() else Path(name).expanduser()
     if path.suffix not in {".yaml", ".yml"} or not path.is_file():
         raise ConfigError(f"no profile {str(name)!r}; {nearest(str(name), names())} (or give the path of a YAML file)")
     where = f"profile {path.stem}"
@@ -178,7 +178,7 @@ def absolute_arguments(profile: str | Path, dataset: str, root: str) -> tuple[st
     named = profile in names()
     folder = os.sep in dataset or (dataset and dataset not in NAMES and Path(dataset).is_dir())
     return (
-        profile if named else str(Path(profile).resolve()),
+        profile if named else str(Path(profile).expanduser().resolve()),
         str(Path(dataset).expanduser().resolve()) if folder else dataset,
         str(data_root(root or None).resolve()),
     )
