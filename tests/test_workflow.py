@@ -511,9 +511,52 @@ def test_an_image_that_cannot_be_read_does_not_hold_up_the_others(trained, slide
     shutil.copytree(slides[0], tmp_path / "s")
     whole = (slides[0] / "slide_a.png").read_bytes()
     (tmp_path / "s" / file).write_bytes(whole[:content] if isinstance(content, int) else content)
-    with pytest.raises(WorkflowError, match=rf"(?s)1 of 3 images could not be read:.*{file}: {said}"):
+    with pytest.raises(WorkflowError, match=rf"(?s)1 of 3 images could not be segmented:.*{file}: {said}"):
         workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
     assert list(pd.read_csv(tmp_path / "out" / "images.csv")["image_id"]) == list(NAMES)
+
+
+def test_an_image_too_small_for_a_segmenter_does_not_hold_up_the_others(trained, slides, tmp_path):
+    shutil.copytree(slides[0], tmp_path / "s")
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "s" / "a_tiny.png")
+    with pytest.raises(WorkflowError, match=r"1 of 3 .*:\na_tiny: at least 32 pixels a side, got 20 x 40"):
+        workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    assert list(pd.read_csv(tmp_path / "out" / "images.csv")["image_id"]) == list(NAMES)
+
+
+def test_images_unfit_to_be_chosen_from_are_left_out_and_named(slides, outlines, tmp_path):
+    shutil.copytree(slides[0], tmp_path / "s")
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "s" / "a_tiny.png")
+    (tmp_path / "s" / "half.png").write_bytes((slides[0] / "slide_a.png").read_bytes()[:4000])  # a whole header
+    (tmp_path / "s" / "empty.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="3 of 5 images are left out") as said:
+        chosen = workflow.select_patches(tmp_path / "s", tmp_path / "picks", 3, "cps", PROFILE)
+    assert {patch.image_id for patch in chosen.patches} <= set(NAMES)
+    reasons = {"a_tiny": "at least 64 pixels a side, got 20 x 40", "half": "damaged", "empty": "the file is empty"}
+    left_out = json.loads((tmp_path / "picks" / "selection.json").read_text())["left_out"]
+    for name, reason in reasons.items():
+        assert reason in left_out[name]
+        assert left_out[name] in str(said[0].message)
+    assert len(workflow.import_annotations(tmp_path / "picks", outlines, tmp_path / "out")) == 3
+    for name in NAMES:
+        (tmp_path / "s" / f"{name}.png").unlink()
+    with pytest.raises(WorkflowError, match=r"(?s)64 pixels can be chosen from none of its images:.*a_tiny: at least"):
+        workflow.select_patches(tmp_path / "s", tmp_path / "again", 3, "cps", PROFILE)
+
+
+def test_a_large_image_that_turns_out_to_be_damaged_is_named(slides, tmp_path, monkeypatch):
+    shutil.copytree(slides[0], tmp_path / "s")
+    image = np.asarray(Image.open(slides[0] / "slide_a.png"))
+    tifffile.imwrite(tmp_path / "s" / "t.tif", image, tile=(64, 64), compression="deflate", photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "s" / "t.tif") as tiff:
+        start = tiff.pages[0].dataoffsets[3]
+    with open(tmp_path / "s" / "t.tif", "r+b") as file:
+        file.seek(start)
+        file.write(b"\0" * 500)
+    for name in ("workflow.patches.BAND_PIXELS", "selection.pool.BAND_PIXELS", "data.dataset.WHOLE_IMAGE_PIXELS"):
+        monkeypatch.setattr(f"nucseg.{name}", 0)
+    with pytest.raises(WorkflowError, match=r"t.tif: damaged .*; or take it out of .*s and select again"):
+        workflow.select_patches(tmp_path / "s", tmp_path / "picks", 3, "cps", PROFILE)
 
 
 def test_predictions_lie_as_the_images_do_and_stay_where_they_are_when_another_of_the_name_comes(
@@ -699,10 +742,6 @@ def test_images_without_labels_are_named_and_left_out(training_set, slides, tmp_
         workflow.train_folder(tmp_path / "set", tmp_path / "model", "hoverlite", PROFILE)
     record = json.loads((tmp_path / "model" / "model.json").read_text())
     assert record["data"]["images"] == 3
-    (tmp_path / "small").mkdir()
-    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "small" / "tiny.png")
-    with pytest.raises(WorkflowError, match="tiny: at least 32 pixels a side, got 20 x 40"):
-        workflow.predict_folder(tmp_path / "model", tmp_path / "small", tmp_path / "out")
 
 
 def test_without_a_profile_the_one_for_slides_is_taken_and_named(training_set, tmp_path, monkeypatch):

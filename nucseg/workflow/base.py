@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nucseg.data import NAMES, Dataset, Sample, load_dataset, load_folder
+from nucseg.data import NAMES, DataError, Dataset, Sample, load_dataset, load_folder
 from nucseg.devices import pick_device
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
@@ -61,6 +61,22 @@ def training_images(dataset: Dataset) -> list[Sample]:
             f"{dataset.name}: {held_out} images of val/ and test/ are left out, to be tested on", stacklevel=3
         )
     return chosen
+
+
+def large_enough(samples: Iterable[Sample], side: int) -> tuple[list[Sample], dict[str, str]]:
+    """Return the samples of at least `side` pixels by their headers, and by id why the others are not among them."""
+    good, bad = [], {}
+    for sample in samples:
+        try:
+            height, width = sample.shape
+        except DataError as error:
+            bad[sample.id] = str(error)
+            continue
+        if min(height, width) < side:
+            bad[sample.id] = f"{sample.id}: at least {side} pixels a side, got {height} x {width}"
+        else:
+            good.append(sample)
+    return good, bad
 
 
 def new_folder(path: Path) -> Path:

@@ -24,9 +24,11 @@ from nucseg.patches import Patch
 from nucseg.profiles import Profile
 from nucseg.progress import task
 from nucseg.selection import Selection, select
+from nucseg.selection.pool import BAND_PIXELS
 from nucseg.workflow.base import (
     SELECTION_FILE,
     WorkflowError,
+    large_enough,
     new_folder,
     open_images,
     read_json,
@@ -44,6 +46,7 @@ _OUTLINE_FILE = re.compile(
 HINT = "outlines count on the whole image, not on the PNG of a patch"
 ANOTHER = 8.0  # grey levels by which a patch differs on average from its picture where the image is another one
 ODD = 0.25  # of a patch: a nucleus that large is remarkable
+NAMED = 10  # images that a warning names
 LARGEST = 0.6  # of a patch: no nucleus is that large, a region of tissue or a rectangle is
 
 
@@ -53,13 +56,15 @@ def select_patches(
     """Choose `k1` patches of a folder of images and write what a pathologist needs to outline them.
 
     Written to `out`: ``selection.json``; ``patches.csv``, one line per patch in order; ``patches/``, each patch as PNG;
-    ``geojson/``, per image the patches as rectangles that QuPath opens on the image.
+    ``geojson/``, per image the patches as rectangles that QuPath opens on the image. Images that cannot be read, or
+    hold no patch of that size, are left out with a warning, and ``selection.json`` says why.
 
     Raises
     ------
     WorkflowError
-        If `out` holds a selection already: rectangles of two selections would be outlined as one; or if all images are
-        held out in val/ or test/.
+        If `out` holds a selection already: rectangles of two selections would be outlined as one; if all images are
+        held out in val/ or test/, or unfit to be chosen from; or if a large image turns out to be damaged when it is
+        read.
     """
     out = Path(out).expanduser()
     if (out / SELECTION_FILE).exists():
@@ -68,22 +73,26 @@ def select_patches(
     samples = training_images(dataset)
     new_folder(out)
     config, encoder = profile.selection, profile.encoder
+    samples, left_out = _fit(samples, config.size, images)
     if not strategy.startswith("random"):
         encoder = Encoder(encoder, profile.weights.get(encoder), config.normalise)
-    with task(f"choosing {k1} patches of {len(samples)} images") as progress:
-        selection = select(
-            samples,
-            strategy,
-            k1,
-            profile.grid.k2,
-            size=config.size,
-            step=config.step,
-            encoder=encoder,
-            seed=seed,
-            config=config,
-            device=pick_device(device),
-            progress=progress,
-        )
+    try:
+        with task(f"choosing {k1} patches of {len(samples)} images") as progress:
+            selection = select(
+                samples,
+                strategy,
+                k1,
+                profile.grid.k2,
+                size=config.size,
+                step=config.step,
+                encoder=encoder,
+                seed=seed,
+                config=config,
+                device=pick_device(device),
+                progress=progress,
+            )
+    except DataError as error:  # of an image that is read in bands
+        raise WorkflowError(f"{error}; or take it out of {images} and select again") from error
     by_id = {sample.id: sample for sample in samples}
     names = unique_names(by_id)
     (out / "patches").mkdir(parents=True, exist_ok=True)
@@ -108,9 +117,37 @@ def select_patches(
     path = Path(images).expanduser()
     place = str(path.resolve()) if path.exists() else str(images)
     # Their outlines come back under these names, whatever images have come to the folder by then.
-    record = {"images": place, "names": {i: names[i] for i in chosen}, **selection.to_dict()}
+    record = {"images": place, "names": {i: names[i] for i in chosen}, "left_out": left_out, **selection.to_dict()}
     write_text(out / SELECTION_FILE, json.dumps(record, indent=1))
     return selection
+
+
+def _fit(samples: Sequence[Sample], size: int, images: str | Path) -> tuple[list[Sample], dict[str, str]]:
+    """Return the images that a patch can be chosen from, and by id why not the others, which a warning names.
+
+    Those that are decoded whole later are decoded here too, so that a damaged one is found before the work. Of larger
+    ones only the header is read.
+    """
+    found, left_out = large_enough(samples, size)
+    fit = []
+    with task(f"opening {len(found)} images", len(found)) as progress:
+        for i, sample in enumerate(found):
+            try:
+                if not sample.source.by_region or sample.shape[0] * sample.shape[1] <= BAND_PIXELS:
+                    _ = sample.image
+            except DataError as error:
+                left_out[sample.id] = str(error)
+            else:
+                fit.append(sample)
+            progress.update(i + 1, sample.id)
+    lines = list(left_out.values())
+    more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+    said = "\n".join([*lines[:NAMED], *more])
+    if not fit:
+        raise WorkflowError(f"{images}: a patch of {size} pixels can be chosen from none of its images:\n{said}")
+    if lines:
+        warnings.warn(f"{images}: {len(lines)} of {len(samples)} images are left out:\n{said}", stacklevel=3)
+    return fit, left_out
 
 
 def _patch_file(rank: int, patch: Patch, names: Mapping[str, str]) -> str:
@@ -160,7 +197,7 @@ def import_annotations(
                 f"{folder} holds files already, which the patches would be mixed with; name a new folder"
             )
     record = read_json(selection / SELECTION_FILE, "run 'nucseg select' first", ("images", "strategy", "patches"))
-    chosen = Selection.from_dict({k: v for k, v in record.items() if k not in ("images", "names")})
+    chosen = Selection.from_dict({k: v for k, v in record.items() if k not in ("images", "names", "left_out")})
     place = str(images or record["images"])
     try:
         samples = {sample.id: sample for sample in open_images(place).samples}
