@@ -559,6 +559,48 @@ def test_a_large_image_that_turns_out_to_be_damaged_is_named(slides, tmp_path, m
         workflow.select_patches(tmp_path / "s", tmp_path / "picks", 3, "cps", PROFILE)
 
 
+@pytest.mark.parametrize(
+    ("images", "out"),
+    [("s", "s"), ("s", "s/../s"), ("s/images", "s"), ("s", "s/core"), ("s", "s/core/labels")],
+    ids=["same", "same by another name", "beside images", "a folder of images", "a folder of labels"],
+)
+def test_nothing_is_written_where_it_would_become_the_labels_of_the_images(
+    trained, slides, picks, outlines, tmp_path, images, out
+):
+    for folder, name in (("images", "slide_a"), ("core/images", "slide_b")):
+        (tmp_path / "s" / folder).mkdir(parents=True)
+        shutil.copy(slides[0] / f"{name}.png", tmp_path / "s" / folder)
+    annotations.write_labels(tmp_path / "s" / "core" / "labels" / "slide_b.png", slides[1]["slide_b"])
+    before = sorted(tmp_path.rglob("*"))
+    for step in (
+        lambda place: workflow.predict_folder(trained, tmp_path / images, place),
+        lambda place: workflow.select_patches(tmp_path / images, place, 2, "random-crop", PROFILE),
+        lambda place: workflow.import_annotations(picks[0], outlines, place, images=tmp_path / images),
+    ):
+        with pytest.raises(
+            WorkflowError, match=r"holds the images or .*; name another --out|; name a new"
+        ):
+            step(tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_predictions_in_a_folder_among_the_images_are_no_images_and_no_labels(trained, slides, tmp_path, monkeypatch):
+    shutil.copytree(slides[0], tmp_path / "s")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    predict = partial(workflow.predict_folder, trained, tmp_path / "s", tmp_path / "s" / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("nucseg.annotations.write_geojson", stop)  # when the first label map is there already
+        with pytest.raises(KeyboardInterrupt):
+            predict()
+    for _ in range(2):
+        found = open_images(tmp_path / "s").samples
+        assert [(sample.id, sample.labelled) for sample in found] == [(name, False) for name in NAMES]
+        predict()
+
+
 def test_predictions_lie_as_the_images_do_and_stay_where_they_are_when_another_of_the_name_comes(
     trained, slides, tmp_path
 ):

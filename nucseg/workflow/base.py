@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nucseg.data import NAMES, DataError, Dataset, Sample, load_dataset, load_folder
+from nucseg.data.folder import IMAGE_FOLDERS
 from nucseg.devices import pick_device
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
@@ -77,6 +78,25 @@ def large_enough(samples: Iterable[Sample], side: int) -> tuple[list[Sample], di
         else:
             good.append(sample)
     return good, bad
+
+
+def keep_apart(out: Path, images: str | Path, samples: Iterable[Sample]) -> None:
+    """Raise where what is written to `out` would be taken for images or their labels when `images` is opened next.
+
+    A folder of its own among the images is fine: it is left out by the file that says what wrote it.
+    """
+    root = Path(images).expanduser()
+    if not root.is_dir():  # a public dataset's name
+        return
+    files = [getattr(sample.source, name) for sample in samples for name in ("image_path", "label_path")]
+    inside = [root.resolve() / path.relative_to(root) for path in files if path is not None]
+    root, out = root.resolve(), out.resolve()
+    beside = root.parent if root.name.lower() in IMAGE_FOLDERS else root  # where labels/ would be these images' labels
+    if out in (root, beside) or (out.is_relative_to(root) and any(path.is_relative_to(out) for path in inside)):
+        raise WorkflowError(
+            f"{out} holds the images or their labels, and what is written there would be taken for some of them; "
+            f"name another --out, such as {out / 'nucseg'}"
+        )
 
 
 def new_folder(path: Path) -> Path:

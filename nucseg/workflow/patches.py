@@ -28,6 +28,7 @@ from nucseg.selection.pool import BAND_PIXELS
 from nucseg.workflow.base import (
     SELECTION_FILE,
     WorkflowError,
+    keep_apart,
     large_enough,
     new_folder,
     open_images,
@@ -62,14 +63,15 @@ def select_patches(
     Raises
     ------
     WorkflowError
-        If `out` holds a selection already: rectangles of two selections would be outlined as one; if all images are
-        held out in val/ or test/, or unfit to be chosen from; or if a large image turns out to be damaged when it is
-        read.
+        If `out` holds a selection already: rectangles of two selections would be outlined as one; if `out` is the
+        folder of the images; if all images are held out in val/ or test/, or unfit to be chosen from; or if a large
+        image turns out to be damaged when it is read.
     """
     out = Path(out).expanduser()
     if (out / SELECTION_FILE).exists():
         raise WorkflowError(f"{out} holds a selection already; name another folder, or remove this one first")
     dataset = open_images(images)
+    keep_apart(out, images, dataset.samples)
     samples = training_images(dataset)
     new_folder(out)
     config, encoder = profile.selection, profile.encoder
@@ -186,7 +188,7 @@ def import_annotations(
     ------
     WorkflowError
         If outlines are missing, are too large for nuclei or seem to lie in the wrong place, or `out` holds a training
-        set already. Nothing is written then.
+        set already or the images. Nothing is written then.
     """
     out, selection, outlines = (Path(path).expanduser() for path in (out, selection, outlines))
     if (out / "patches.csv").exists():
@@ -204,6 +206,7 @@ def import_annotations(
     except (DataError, WorkflowError) as error:
         where = "" if images else f" (so says {selection / SELECTION_FILE}; --images names another place)"
         raise WorkflowError(f"{error}{where}") from error
+    keep_apart(out, place, samples.values())
     wanted = list(dict.fromkeys(patch.image_id for patch in chosen.patches))
     if lost := [image_id for image_id in wanted if image_id not in samples]:
         raise WorkflowError(f"image {lost[0]!r} is no longer in {place}; put it back")

@@ -23,6 +23,7 @@ from nucseg.selection.content import shows_tissue
 from nucseg.workflow.base import (
     MODEL_FILE,
     WorkflowError,
+    keep_apart,
     large_enough,
     new_folder,
     open_images,
@@ -66,16 +67,19 @@ def predict_folder(
     Raises
     ------
     WorkflowError
-        Before the first image is segmented: where `out` holds predictions of another model, or where the disk has no
-        room for a slide's label map. After the last: for those that could not be read or are below 32 pixels a side.
+        Before the first image is segmented: where `out` is the folder of the images or holds predictions of another
+        model, or where the disk has no room for a slide's label map. After the last: for those that could not be read
+        or are below 32 pixels a side.
     """
     model, out = Path(model).expanduser(), Path(out).expanduser()
-    segmenter = load_model(model, device)
     there = open_images(images).samples
+    keep_apart(out, images, there)
+    segmenter = load_model(model, device)
     done = _Done(new_folder(out), model)
     samples, unfit = large_enough(there, SMALLEST)
     failed = list(unfit.values())
     _check_room(samples, out, large)  # before hours of work end at the last one
+    done.write()  # so that a folder among the images is known for predictions even when the first image is stopped
     todo = [sample for sample in samples if not done.has(sample)]
     slides = {sample.id for sample in todo if _area(sample) > large}
     small = [sample for sample in todo if sample.id not in slides]
@@ -106,7 +110,7 @@ class _Done:
         self.model, self.images = hashlib.sha256(b"".join(parts)).hexdigest()[:16], {}
         if self.path.is_file():
             record = read_json(self.path, "remove it, and the predictions beside it, first", ("model", "images"))
-            if record["model"] != self.model:
+            if record["images"] and record["model"] != self.model:
                 raise WorkflowError(f"{folder} holds predictions of another model; name another folder")
             self.images = record["images"]
         elif (folder / "labels").is_dir() or (folder / "geojson").is_dir():
@@ -120,8 +124,11 @@ class _Done:
     def add(self, sample: Sample, scores: np.ndarray) -> None:
         mean = float(scores.mean()) if len(scores) else 0.0
         self.images[sample.id] = {"file": stamp(sample)[1:], "nuclei": len(scores), "mean_score": mean}
-        write_text(self.path, json.dumps({"model": self.model, "images": self.images}, indent=1))
+        self.write()
         write_text(self.folder / "images.csv", self.table(self.images).to_csv(index=False))
+
+    def write(self) -> None:
+        write_text(self.path, json.dumps({"model": self.model, "images": self.images}, indent=1))
 
     def table(self, image_ids: Iterable[str]) -> pd.DataFrame:
         keys = ("nuclei", "mean_score")
