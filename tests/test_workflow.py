@@ -577,9 +577,7 @@ def test_nothing_is_written_where_it_would_become_the_labels_of_the_images(
         lambda place: workflow.select_patches(tmp_path / images, place, 2, "random-crop", PROFILE),
         lambda place: workflow.import_annotations(picks[0], outlines, place, images=tmp_path / images),
     ):
-        with pytest.raises(
-            WorkflowError, match=r"holds the images or .*; name another --out|; name a new"
-        ):
+        with pytest.raises(WorkflowError, match=r"holds the images or .*; name another --out|; name a new"):
             step(tmp_path / out)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -663,6 +661,37 @@ def test_what_the_commands_wrote_into_the_folder_of_images_is_no_image(slides, t
     shutil.copytree(slides[0], tmp_path / "s")
     workflow.select_patches(tmp_path / "s", tmp_path / "s" / "picks", 2, "random-crop", PROFILE)
     assert [sample.id for sample in open_images(tmp_path / "s").samples] == list(NAMES)
+
+
+def test_rounds_of_outlining_are_trained_on_together(training_set, picks, slides, tmp_path):
+    for name in ("round1", "round2"):
+        shutil.copytree(training_set[0], tmp_path / "all" / name)
+    shutil.copytree(picks[0], tmp_path / "all" / "picks")  # not outlined yet
+    workflow.train_folder(tmp_path / "all", tmp_path / "model", "hoverlite", PROFILE)
+    found = open_images(tmp_path / "all").samples
+    stems = sorted(path.stem for path in (training_set[0] / "images").iterdir())
+    assert [sample.id for sample in found] == [f"round{number}/{stem}" for number in (1, 2) for stem in stems]
+    assert all(sample.labelled for sample in found)
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["data"]["images"] == 2 * len(stems)
+
+
+def test_imported_patches_beside_other_images_are_left_out_and_it_is_said_how_to_train_on_them(
+    training_set, slides, tmp_path
+):
+    shutil.copytree(slides[0], tmp_path / "s")
+    shutil.copytree(training_set[0], tmp_path / "s" / "round1")
+    assert [sample.id for sample in open_images(tmp_path / "s").samples] == list(NAMES)
+    with (
+        pytest.warns(UserWarning, match=r"patches are left out, .*: round1. To train on these, name one of them"),
+        pytest.raises(WorkflowError, match="no image has a label map"),
+    ):
+        workflow.train_folder(tmp_path / "s", tmp_path / "model", "hoverlite", PROFILE)
+
+
+def test_a_folder_with_patches_to_outline_and_nothing_else_has_no_image(picks, tmp_path):
+    shutil.copytree(picks[0], tmp_path / "s" / "picks")
+    with pytest.raises(ValueError, match=r"no image found .*, nor what nucseg wrote without outlines: picks"):
+        open_images(tmp_path / "s")
 
 
 def test_patches_are_compared_with_the_images_that_they_come_back_to(slides, picks, outlines, tmp_path):

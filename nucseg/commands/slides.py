@@ -73,7 +73,7 @@ def import_annotations(
 
 @app.command()
 def train(
-    dataset: Annotated[Path, typer.Argument(help="A folder of images/ with labels/.")],
+    dataset: Annotated[Path, typer.Argument(help="A folder of imported patches, of several such folders, or of images/ with labels/.")],
     out: OutOption,
     segmenter: Annotated[
         str, typer.Option(help="hoverlite, hovernet, maskrcnn, pffnet, dpmsff, mdcnet, dist or micronet.")
