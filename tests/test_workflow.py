@@ -960,6 +960,51 @@ def test_evaluation_compares_by_name_and_ends_with_the_mean(slides, tmp_path):
         workflow.evaluate_folders(tmp_path / "true", tmp_path / "predicted")
 
 
+@pytest.mark.parametrize(
+    ("image", "drawn"),
+    [
+        ("{name}.png", "{name}.geojson"),
+        ("{name}.png", "{name}_labels.png"),
+        ("Tissue Images/{name}.png", "Annotations/{name}.geojson"),
+        ("images/{name}.png", "labels/{name}.tif"),
+        ("test/deep/{name}.png", "test/deep/{name}_mask.tif"),
+    ],
+)
+def test_the_truth_may_lie_as_one_trains_from_it(trained, slides, tmp_path, image, drawn):
+    for name in NAMES:
+        path, other = (tmp_path / "s" / place.format(name=name) for place in (image, drawn))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(slides[0] / f"{name}.png", path)
+        write = annotations.write_geojson if other.suffix == ".geojson" else annotations.write_labels
+        write(other, slides[1][name])
+    workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    table = workflow.evaluate_folders(tmp_path / "s", tmp_path / "out")
+    ids = [sample.id for sample in open_images(tmp_path / "s").samples]
+    assert list(table["image_id"]) == [*ids, "mean"]
+    for name, image_id in zip(NAMES, ids, strict=True):
+        annotations.write_labels(tmp_path / "out" / "labels" / f"{image_id}.tif", slides[1][name])
+    assert (workflow.evaluate_folders(tmp_path / "s", tmp_path / "out")["aji"] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["{name}.png", "{name}_labels.png", "labels/{name}.tif"])
+def test_bare_label_maps_are_a_truth_and_no_images(slides, tmp_path, name):
+    for folder in ("truth", "predicted"):
+        for each in NAMES:
+            annotations.write_labels(tmp_path / folder / name.format(name=each), slides[1][each])
+    assert (workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted")["aji"] == 1).all()
+
+
+def test_an_image_without_outlines_among_the_truth_is_told(slides, tmp_path):
+    (tmp_path / "s").mkdir()
+    for name in NAMES:
+        shutil.copy(slides[0] / f"{name}.png", tmp_path / "s")
+        annotations.write_labels(tmp_path / "out" / "labels" / f"{name}.tif", slides[1][name])
+    annotations.write_labels(tmp_path / "s" / "slide_a_labels.png", slides[1]["slide_a"])
+    with pytest.warns(UserWarning, match="no truth for 1 predictions, left out: slide_b"):
+        table = workflow.evaluate_folders(tmp_path / "s", tmp_path / "out")
+    assert list(table["image_id"]) == ["slide_a", "mean"]
+
+
 def test_a_model_folder_with_an_unknown_setting_is_refused(training_set, tmp_path):
     workflow.train_folder(training_set[0], tmp_path, "hoverlite", PROFILE)
     record = tmp_path / "model.json"

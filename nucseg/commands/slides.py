@@ -73,7 +73,7 @@ def import_annotations(
 
 @app.command()
 def train(
-    dataset: Annotated[Path, typer.Argument(help="A folder of imported patches, of several such folders, or of images/ with labels/.")],
+    dataset: Annotated[Path, typer.Argument(help="A folder of imported patches or of images/ with labels/.")],
     out: OutOption,
     segmenter: Annotated[
         str, typer.Option(help="hoverlite, hovernet, maskrcnn, pffnet, dpmsff, mdcnet, dist or micronet.")
@@ -120,8 +120,10 @@ def predict(
 
 @app.command()
 def evaluate(
-    truth: Annotated[Path, typer.Argument(help="A folder of true label maps, or one with labels/ in it.")],
-    predicted: Annotated[Path, typer.Argument(help="A folder of predicted ones, by the same names.")],
+    truth: Annotated[
+        Path, typer.Argument(help="A folder of images with outlines, as for 'train', or of true label maps.")
+    ],
+    predicted: Annotated[Path, typer.Argument(help="What 'predict' wrote, or label maps by the same names.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = None,
 ) -> None:
     """Print AJI, AJI+, Dice, PQ and F1 per image and their mean."""
