@@ -831,6 +831,32 @@ def test_without_a_profile_the_one_for_slides_is_taken_and_named(training_set, t
         assert asked[-1] == name
 
 
+@pytest.mark.parametrize(
+    ("command", "stopped", "kept", "goes_on"),
+    [
+        (["select", "s", "--out", "out"], "select_patches", "", False),
+        (["train", "s", "--out", "out"], "train_folder", "", False),
+        (["train", "s", "--out", "out"], "train_folder", "out/.0123456789ab.labelled.state", True),
+        (["predict", "m", "s", "--out", "out"], "predict_folder", "out/predictions.json", False),
+        (["predict", "m", "s", "--out", "out"], "predict_folder", "out/images.csv", True),
+    ],
+)
+def test_a_command_that_is_stopped_says_whether_it_goes_on(tmp_path, monkeypatch, command, stopped, kept, goes_on):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workflow, stopped, stop)
+    if kept:
+        (tmp_path / "out").mkdir()
+        (tmp_path / kept).write_text("")
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 130
+    said = "goes on where it was" if goes_on else "begins anew"
+    assert shown.stderr.strip().splitlines() == [f"nucseg: stopped; the same command {said}"]
+    assert "Then:" not in shown.stdout
+
+
 def test_the_profiles_for_slides_differ_in_size_and_not_in_what_is_changed():
     gpu, cpu = load_profile("slides"), load_profile("slides-cpu")
     assert gpu.augment == cpu.augment
