@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import unicodedata
@@ -726,11 +727,36 @@ def test_outlines_are_found_by_names_that_look_the_same(slides, tmp_path):
     assert {name: path.stem for name, path in found.items()} == names
 
 
-def test_a_place_that_cannot_be_written_to_is_told_before_the_work(slides, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("nucseg.workflow.patches.select", lambda *a, **k: pytest.fail("worked first"))
-    with pytest.raises(WorkflowError, match="file/out: cannot be written to"):
-        workflow.select_patches(slides[0], tmp_path / "file" / "out", 2, "random-crop", PROFILE)
+@pytest.mark.parametrize("full", [False, True], ids=["no folder", "full disk"])
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(
+    training_set, trained, slides, picks, outlines, tmp_path, monkeypatch, full
+):
+    out = tmp_path / "file" / "out"
+    if full:
+        monkeypatch.setattr("nucseg.workflow.base.tempfile.TemporaryFile", lambda dir: io.FileIO("/dev/full", "w"))
+    else:
+        (tmp_path / "file").write_text("")
+    for place, work in (
+        ("patches.select", lambda: workflow.select_patches(slides[0], out, 2, "random-crop", PROFILE)),
+        ("patches.read_json", lambda: workflow.import_annotations(picks[0], outlines, out)),
+        ("segmenter.train", lambda: workflow.train_folder(training_set[0], out, "hoverlite", PROFILE)),
+        ("prediction.run_ahead", lambda: workflow.predict_folder(trained, slides[0], out)),
+        ("scores._truth", lambda: workflow.evaluate_folders(outlines, outlines, out / "scores.csv")),
+    ):
+        monkeypatch.setattr(f"nucseg.workflow.{place}", lambda *a, **k: pytest.fail("worked first"))
+        said = "No space left" if full else "Not a directory"
+        with pytest.raises(WorkflowError, match=rf"file/out: cannot be written to \({said}"):
+            work()
+        assert not out.exists()
+
+
+def test_scores_are_written_to_a_file_and_not_to_a_folder(slides, tmp_path):
+    for folder in ("truth", "predicted"):
+        annotations.write_labels(tmp_path / folder / "a.tif", slides[1]["slide_a"])
+    with pytest.raises(WorkflowError, match=r"is a folder; name a file for the table, such as .*scores.csv"):
+        workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted", tmp_path)
+    table = workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted", tmp_path / "new" / "scores.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "scores.csv"), table, check_dtype=False)
 
 
 def test_json_of_something_else_is_named(slides, outlines, tmp_path):

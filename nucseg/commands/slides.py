@@ -139,16 +139,13 @@ def evaluate(
         Path, typer.Argument(help="A folder of images with outlines, as for 'train', or of true label maps.")
     ],
     predicted: Annotated[Path, typer.Argument(help="What 'predict' wrote, or label maps by the same names.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = "",
 ) -> None:
     """Print AJI, AJI+, Dice, PQ and F1 per image and their mean."""
     from nucseg import workflow
 
-    table = workflow.evaluate_folders(truth, predicted)
+    table = workflow.evaluate_folders(truth, predicted, out)
     typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(out, index=False)
 
 
 @app.command()

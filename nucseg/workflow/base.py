@@ -16,6 +16,7 @@ from nucseg.data.folder import IMAGE_FOLDERS
 from nucseg.devices import pick_device
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
+PROBE = 2**20  # bytes that a disk must have room for before any work whose result it is to hold
 
 
 class WorkflowError(RuntimeError):
@@ -107,12 +108,27 @@ def new_folder(path: Path) -> Path:
     WorkflowError
         If that cannot be.
     """
+    check_writable(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
     except OSError as error:
-        raise WorkflowError(f"{path}: cannot be written to ({error.strerror}); name another --out") from error
+        raise _unwritable(path, error) from error
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raise unless files can be written to a folder, or to the one that it will be made in; nothing is left there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE))
+            file.flush()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> WorkflowError:
+    return WorkflowError(f"{path}: cannot be written to ({error.strerror}); name another --out")
 
 
 def reader(sample: Sample) -> Callable[[int, int, int, int], np.ndarray]:

@@ -28,6 +28,7 @@ from nucseg.selection.pool import BAND_PIXELS
 from nucseg.workflow.base import (
     SELECTION_FILE,
     WorkflowError,
+    check_writable,
     keep_apart,
     large_enough,
     new_folder,
@@ -198,6 +199,7 @@ def import_annotations(
             raise WorkflowError(
                 f"{folder} holds files already, which the patches would be mixed with; name a new folder"
             )
+    check_writable(out)
     record = read_json(selection / SELECTION_FILE, "run 'nucseg select' first", ("images", "strategy", "patches"))
     chosen = Selection.from_dict({k: v for k, v in record.items() if k not in ("images", "names", "left_out")})
     place = str(images or record["images"])

@@ -13,10 +13,11 @@ from scipy import ndimage
 
 from nucseg import annotations, metrics
 from nucseg.data import DataError
-from nucseg.workflow.base import WorkflowError, open_images
+from nucseg.files import write_text
+from nucseg.workflow.base import WorkflowError, new_folder, open_images
 
 
-def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
+def evaluate_folders(truth: str | Path, predicted: str | Path, out: str | Path = "") -> pd.DataFrame:
     """Compare label maps of two folders, one line of metrics per image and a last line with the mean.
 
     Parameters
@@ -27,12 +28,20 @@ def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
     predicted
         What `predict_folder` wrote for such a folder, or bare label maps. They belong to the true ones by the ids of
         the images, which are their paths below the folder without suffix.
+    out
+        A CSV file to write the table to as well.
 
     Raises
     ------
     WorkflowError
-        If an image with a truth has no prediction, with its name, or two files differ by their suffix alone.
+        If an image with a truth has no prediction, with its name, or two files differ by their suffix alone; and at
+        once where `out` cannot be written to.
     """
+    if out:
+        out = Path(out).expanduser()
+        if out.is_dir():
+            raise WorkflowError(f"{out} is a folder; name a file for the table, such as {out / 'scores.csv'}")
+        new_folder(out.parent)
     true, predicted_files = _truth(truth), _label_files(predicted)
     if missing := sorted(set(true) - set(predicted_files)):
         raise WorkflowError(f"{predicted}: no prediction for {', '.join(missing[:5])} ({len(missing)} in all)")
@@ -47,7 +56,10 @@ def evaluate_folders(truth: str | Path, predicted: str | Path) -> pd.DataFrame:
         rows.append({"image_id": name, **metrics.evaluate(*pair)})
     table = pd.DataFrame(rows)
     mean = table.drop(columns="image_id").mean()
-    return pd.concat([table, pd.DataFrame([{"image_id": "mean", **mean}])], ignore_index=True)
+    table = pd.concat([table, pd.DataFrame([{"image_id": "mean", **mean}])], ignore_index=True)
+    if out:
+        write_text(out, table.to_csv(index=False))
+    return table
 
 
 def _truth(place: str | Path) -> dict[str, Callable[[], np.ndarray]]:
