@@ -51,7 +51,7 @@ class Task:
         if _in_notebook():
             _draw(self)
         elif "val" in row:
-            tqdm.write(f"{self.text}: iteration {row['iteration']:,.0f}, {words}", file=sys.stderr)
+            say(f"{self.text}: iteration {row['iteration']:,.0f}, {words}")
 
     def __call__(self, done: float, total: float, detail: str = "") -> None:
         """Report in the form in which the stages do: so many done of so many."""
@@ -72,6 +72,12 @@ def task(text: str, total: int = 1) -> Iterator[Task]:
     finally:
         _stack.remove(new)
         _show(finished=not _stack, failed=failed)
+
+
+def say(text: str) -> None:
+    """Write a line that stays above the bar."""
+    if not os.environ.get("NUCSEG_PROGRESS") and not _quiet():
+        tqdm.write(text, file=sys.stderr)
 
 
 def fraction() -> float:

@@ -22,7 +22,9 @@ from nucseg.cli import app
 from nucseg.data import Sample, load_dataset
 from nucseg.data.sources import FileSource
 from nucseg.data.tissue import generate_tissue
+from nucseg.patches import Patch
 from nucseg.profiles import load_profile
+from nucseg.selection import Selection
 from nucseg.workflow import WorkflowError
 from nucseg.workflow.base import open_images
 from nucseg.workflow.patches import _outline_files
@@ -600,6 +602,44 @@ def test_predictions_in_a_folder_among_the_images_are_no_images_and_no_labels(tr
         predict()
 
 
+@pytest.mark.parametrize("strategy", ["cps", "k-center"])
+def test_how_many_patches_there_are_is_told_before_they_are_compared(slides, tmp_path, monkeypatch, strategy):
+    said = []
+    monkeypatch.setattr("nucseg.workflow.patches.say", said.append)
+    workflow.select_patches(slides[0], tmp_path / "few", 2, strategy, PROFILE)
+    assert said == ["12 windows of 64 px, 64 px apart, in 2 images", "12 of them show enough tissue and are compared"]
+    monkeypatch.setattr("nucseg.workflow.patches.MANY", 11)
+    with pytest.warns(UserWarning, match="12 patches take long .* with --step 128 there are about a quarter"):
+        workflow.select_patches(slides[0], tmp_path / "many", 2, strategy, PROFILE)
+
+
+@pytest.mark.parametrize(("strategy", "rule"), [("cps", " do not, or .exclusion: 0"), ("random-crop", " do not$")])
+def test_patches_that_show_the_same_tissue_are_told(slides, tmp_path, monkeypatch, strategy, rule):
+    places = [("slide_a", 0, 0), ("slide_a", 31, 0), ("slide_b", 31, 0), ("slide_a", 63, 0), ("slide_a", 64, 40)]
+    patches = tuple(Patch(*place, 64) for place in places)
+    chosen = Selection(strategy, patches, None, None, 0.1)
+    monkeypatch.setattr("nucseg.workflow.patches.select", lambda *a, **k: chosen)
+    with pytest.warns(UserWarning, match=rf"patches, 1 and 2 \(52%\) show .* --step 32 for patches that{rule}"):
+        workflow.select_patches(slides[0], tmp_path / "out", 5, strategy, PROFILE)
+
+
+def test_notes_on_a_selection_are_in_plain_words():
+    notes = {
+        "candidates='with-largest' would choose 3 of 9 otherwise": [
+            "3 of 9 are close calls: a rule hardly different takes others"
+        ],
+        "delta = 0.123456, 92.1% of the graph covered": ["92.1% of the windows look like one of these"],
+        "exclusion waived for 2 of 9 picks": ["2 of 9 overlap others: there is nothing else of their kind"],
+        "0 windows with less than 50% tissue left out": [],
+        "10 windows with less than 50% tissue left out": ["10 windows with less than 50% tissue left out"],
+        "0 windows with less than 50% tissue left out; 5 windows with least nuclear content left out": [
+            "5 windows with least nuclear content left out"
+        ],
+    }
+    for note, words in notes.items():
+        assert workflow.notes_for_reading(Selection("cps", (), None, None, 0.1, notes=(note,))) == words
+
+
 def test_predictions_lie_as_the_images_do_and_stay_where_they_are_when_another_of_the_name_comes(
     trained, slides, tmp_path
 ):
@@ -1066,6 +1106,6 @@ def test_a_model_folder_with_an_unknown_setting_is_refused(training_set, tmp_pat
 
 
 def test_patches_are_never_larger_than_asked(slides, tmp_path):
-    config = replace(PROFILE, selection=replace(PROFILE.selection, size=96, step=32))
+    config = replace(PROFILE, selection=replace(PROFILE.selection, size=96, step=48))
     selection = workflow.select_patches(slides[0], tmp_path, 2, "random-crop", config, seed=5)
     assert {patch.size for patch in selection.patches} == {96}

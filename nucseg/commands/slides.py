@@ -60,7 +60,7 @@ def select(
         selection = workflow.select_patches(images, out, k1, strategy, settings, seed, device)
     for rank, patch in enumerate(selection.patches, 1):
         typer.echo(f"{rank:3d}  {patch.image_id}  row {patch.row}  column {patch.col}  {patch.size} px")
-    for note in selection.notes:
+    for note in workflow.notes_for_reading(selection):
         typer.echo(f"     {note}")
     typer.echo(
         f"{100 * selection.label_share:.2f} % of all pixels. Outline the nuclei in these patches: {out / 'geojson'}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,10 @@ from nucseg.encoders import Encoder
 from nucseg.files import write_text
 from nucseg.patches import Patch
 from nucseg.profiles import Profile
-from nucseg.progress import task
-from nucseg.selection import Selection, select
-from nucseg.selection.pool import BAND_PIXELS
+from nucseg.progress import Task, say, task
+from nucseg.selection import Selection, SelectionConfig, select
+from nucseg.selection.pool import BAND_PIXELS, positions
+from nucseg.selection.selection import TWO_LEVELS
 from nucseg.workflow.base import (
     SELECTION_FILE,
     WorkflowError,
@@ -49,6 +52,15 @@ HINT = "outlines count on the whole image, not on the PNG of a patch"
 ANOTHER = 8.0  # grey levels by which a patch differs on average from its picture where the image is another one
 ODD = 0.25  # of a patch: a nucleus that large is remarkable
 NAMED = 10  # images that a warning names
+MANY = 1_000_000  # patches whose comparison takes hours on a CPU, and 5 kB of memory each, or 25 where parts count
+MUCH = 0.5  # of a patch's area in another
+# What the strategies say in the method's terms, and what it means to whoever outlines; nothing where it means nothing.
+PLAIN = {
+    r"^candidates=.* would choose (\d+ of \d+) otherwise$": r"\1 are close calls: a rule hardly different takes others",
+    r"^delta = .*, (\S+) of the graph covered$": r"\1 of the windows look like one of these",
+    r"^exclusion waived for (\d+ of \d+) picks$": r"\1 overlap others: there is nothing else of their kind",
+    r"^0 windows with less than \S+ tissue left out(; |$)": "",
+}
 LARGEST = 0.6  # of a patch: no nucleus is that large, a region of tissue or a rectangle is
 
 
@@ -79,6 +91,8 @@ def select_patches(
     samples, left_out = _fit(samples, config.size, images)
     if not strategy.startswith("random"):
         encoder = Encoder(encoder, profile.weights.get(encoder), config.normalise)
+    windows = sum(math.prod(len(positions(n, config.size, config.step)) for n in sample.shape) for sample in samples)
+    say(f"{windows:,} windows of {config.size} px, {config.step} px apart, in {len(samples)} images")
     try:
         with task(f"choosing {k1} patches of {len(samples)} images") as progress:
             selection = select(
@@ -92,7 +106,7 @@ def select_patches(
                 seed=seed,
                 config=config,
                 device=pick_device(device),
-                progress=progress,
+                progress=_counted(progress, 2 if strategy in TWO_LEVELS else 1, config.step),
             )
     except DataError as error:  # of an image that is read in bands
         raise WorkflowError(f"{error}; or take it out of {images} and select again") from error
@@ -122,7 +136,57 @@ def select_patches(
     # Their outlines come back under these names, whatever images have come to the folder by then.
     record = {"images": place, "names": {i: names[i] for i in chosen}, "left_out": left_out, **selection.to_dict()}
     write_text(out / SELECTION_FILE, json.dumps(record, indent=1))
+    _warn_of_overlaps(selection, config)
     return selection
+
+
+def notes_for_reading(selection: Selection) -> list[str]:
+    """Return what whoever outlines can use of a selection's notes, which ``selection.json`` has as they are."""
+    found = []
+    for note in selection.notes:
+        for pattern, words in PLAIN.items():
+            note = re.sub(pattern, words, note)
+        found += [note] if note else []
+    return found
+
+
+def _counted(progress: Task, passes: int, step: int) -> Callable[[int, int], None]:
+    """Return `progress` so that it first says how many patches there are, each of which counts so many times."""
+    told = False
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            say(f"{total // passes:,} of them show enough tissue and are compared")
+            if total // passes > MANY:
+                warnings.warn(
+                    f"{total // passes:,} patches take long to compare, and much memory; with --step {2 * step} there "
+                    "are about a quarter as many",
+                    stacklevel=2,
+                )
+        told = True
+        progress(done, total)
+
+    return report
+
+
+def _warn_of_overlaps(selection: Selection, config: SelectionConfig) -> None:
+    """Say which of the patches show much the same: their nuclei would be outlined once and learned from twice."""
+    numbered = list(enumerate(selection.patches, 1))
+    pairs = []
+    for (i, a), (j, b) in itertools.combinations(numbered, 2):
+        shared = max(a.size - abs(a.row - b.row), 0) * max(a.size - abs(a.col - b.col), 0) / a.size**2
+        if a.image_id == b.image_id and shared > MUCH:
+            pairs.append(f"{i} and {j} ({shared:.0%})")
+    if pairs:
+        more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+        rule = ", or 'exclusion: 0' below 'selection:' in a profile of your own for none that do at all"
+        warnings.warn(
+            f"of the chosen patches, {', '.join(pairs[:NAMED])}{more} show the same tissue in more than half of their "
+            f"area; select again with --step {config.size // 2} for patches that do not"
+            + (rule if selection.strategy in TWO_LEVELS else ""),
+            stacklevel=3,
+        )
 
 
 def _fit(samples: Sequence[Sample], size: int, images: str | Path) -> tuple[list[Sample], dict[str, str]]:
