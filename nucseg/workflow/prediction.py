@@ -33,7 +33,9 @@ from nucseg.workflow.base import (
 )
 from nucseg.workflow.segmenter import load_model
 
-LARGE = 100_000_000  # pixels of an image beyond which it is read in blocks, and its label map lies on the disk
+# Pixels of an image beyond which it is read in blocks, and its label map lies on the disk. Measured with a narrow
+# hoverlite on a CPU: 2.2 GB at most for 36 million pixels and 49,000 nuclei, 2.8 GB for 100 million and 137,000.
+LARGE = 100_000_000
 RECORD = "predictions.json"  # of which model, and of which state of the images, a folder's predictions are
 BLOCK, OVERLAP = 2048, 256  # of a segmenter that has none of its own
 SMALLEST = 32  # pixels a side of an image that every segmenter takes
@@ -156,7 +158,7 @@ def segment_slide(segmenter: Segmenter, sample: Sample, canvas: np.ndarray) -> I
 
     It is cut into the blocks that the segmenter itself cuts large images into, so the nuclei are the same as if it were
     in memory, but that blocks of bare glass are left out, and that stains are normalised, where the segmenter does
-    that, block by block.
+    that, block by block: there the nuclei may differ slightly.
 
     Parameters
     ----------
