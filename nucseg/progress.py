@@ -3,8 +3,8 @@
 In a terminal it is a bar. Under ``nucseg reproduce`` the notebook's kernel reports to the file that
 ``NUCSEG_PROGRESS`` names, and the bar is the parent's. In a notebook it is one line, rewritten in place, which is
 also readable in static HTML. Where standard error is a file or a pipe, each finished task is one line with its
-seconds. In tests, and with ``NUCSEG_QUIET`` set, it is silent. A training's learning curve grows in a notebook, and
-elsewhere each of its validations is a line.
+seconds, and one that fails or is stopped leaves none. In tests, and with ``NUCSEG_QUIET`` set, it is silent. A
+training's learning curve grows in a notebook, and elsewhere each of its validations is a line.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Task:
         if _in_notebook():
             _draw(self)
         elif "val" in row:
-            tqdm.write(f"{self.text}: iteration {row['iteration']:,.0f}, {words}", file=sys.stderr)
+            say(f"{self.text}: iteration {row['iteration']:,.0f}, {words}")
 
     def __call__(self, done: float, total: float, detail: str = "") -> None:
         """Report in the form in which the stages do: so many done of so many."""
@@ -64,12 +64,20 @@ def task(text: str, total: int = 1) -> Iterator[Task]:
     new = Task(text, total)
     _stack.append(new)
     _show()
+    failed = True
     try:
         yield new
-    finally:
+        failed = False
         _log(new)
+    finally:
         _stack.remove(new)
-        _show(finished=not _stack)
+        _show(finished=not _stack, failed=failed)
+
+
+def say(text: str) -> None:
+    """Write a line that stays above the bar."""
+    if not os.environ.get("NUCSEG_PROGRESS") and not _quiet():
+        tqdm.write(text, file=sys.stderr)
 
 
 def fraction() -> float:
@@ -92,7 +100,7 @@ _last = 0.0
 _bar: tqdm | None = None
 
 
-def _show(finished: bool = False) -> None:
+def _show(finished: bool = False, failed: bool = False) -> None:
     global _last, _bar
     now = time.monotonic()
     if not finished and now - _last < 0.2:
@@ -104,7 +112,9 @@ def _show(finished: bool = False) -> None:
         return
     elif _in_notebook():
         end = "\n" if finished else ""
-        print(f"\r{100 if finished else 100 * fraction():3.0f} %  {describe():<90.90}", end=end, flush=True)
+        # The line of a task that failed stays at the share that was done.
+        line = "" if failed else f"\r{100 if finished else 100 * fraction():3.0f} %  {describe():<90.90}"
+        print(line, end=end, flush=True)
     elif sys.stderr.isatty():
         if _bar is None:
             _bar = tqdm(total=100, bar_format="{l_bar}{bar:30}| {elapsed}<{remaining} {desc}", leave=False)

@@ -57,8 +57,8 @@ def test_the_realism_figure_shows_every_statistic_of_every_kind_with_its_distanc
     figure = figure_realism({"real": real, "ours": real, "Hou et al.": shifted})
     assert len(figure.axes) == len(STATISTICS)
     assert [line.get_label() for line in figure.axes[0].lines] == ["real", "ours", "Hou et al."]
-    assert figure.axes[0].get_title() == "distance of\nours 0, Hou et al. 2"
-    assert figure.axes[-1].get_title() == "distance of\nours 0"
+    assert figure.axes[0].get_title() == "distance: ours 0, Hou et al. 2"
+    assert figure.axes[-1].get_title() == "distance: ours 0"
     median = np.interp(0.5, *figure.axes[0].lines[2].get_xydata().T[::-1])
     assert median == pytest.approx(np.median(shifted["area"]), abs=0.2)
     figure.canvas.draw()

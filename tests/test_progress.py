@@ -31,6 +31,21 @@ def test_a_task_that_fails_is_closed():
     assert progress.describe() == ""
 
 
+@pytest.mark.parametrize("notebook", [False, True])
+def test_what_failed_or_was_stopped_is_not_reported_as_done(monkeypatch, capsys, notebook):
+    monkeypatch.setattr(progress, "_quiet", lambda: False)
+    monkeypatch.setattr(progress, "_in_notebook", lambda: notebook)
+    with pytest.raises(KeyboardInterrupt), task("all images"), task("training", 10):
+        raise KeyboardInterrupt
+    shown = "".join(capsys.readouterr())
+    assert "100 %" not in shown
+    assert " s)" not in shown
+    with task("training", 10):
+        pass
+    shown = "".join(capsys.readouterr())
+    assert ("100 %" if notebook else "training (0.0 s)") in shown
+
+
 def test_a_kernel_reports_to_the_file_that_its_parent_watches(tmp_path, monkeypatch):
     path = tmp_path / "progress"
     monkeypatch.setenv("NUCSEG_PROGRESS", str(path))

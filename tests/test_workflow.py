@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import unicodedata
@@ -21,7 +22,9 @@ from nucseg.cli import app
 from nucseg.data import Sample, load_dataset
 from nucseg.data.sources import FileSource
 from nucseg.data.tissue import generate_tissue
+from nucseg.patches import Patch
 from nucseg.profiles import load_profile
+from nucseg.selection import Selection
 from nucseg.workflow import WorkflowError
 from nucseg.workflow.base import open_images
 from nucseg.workflow.patches import _outline_files
@@ -511,9 +514,130 @@ def test_an_image_that_cannot_be_read_does_not_hold_up_the_others(trained, slide
     shutil.copytree(slides[0], tmp_path / "s")
     whole = (slides[0] / "slide_a.png").read_bytes()
     (tmp_path / "s" / file).write_bytes(whole[:content] if isinstance(content, int) else content)
-    with pytest.raises(WorkflowError, match=rf"(?s)1 of 3 images could not be read:.*{file}: {said}"):
+    with pytest.raises(WorkflowError, match=rf"(?s)1 of 3 images could not be segmented:.*{file}: {said}"):
         workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
     assert list(pd.read_csv(tmp_path / "out" / "images.csv")["image_id"]) == list(NAMES)
+
+
+def test_an_image_too_small_for_a_segmenter_does_not_hold_up_the_others(trained, slides, tmp_path):
+    shutil.copytree(slides[0], tmp_path / "s")
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "s" / "a_tiny.png")
+    with pytest.raises(WorkflowError, match=r"1 of 3 .*:\na_tiny: at least 32 pixels a side, got 20 x 40"):
+        workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    assert list(pd.read_csv(tmp_path / "out" / "images.csv")["image_id"]) == list(NAMES)
+
+
+def test_images_unfit_to_be_chosen_from_are_left_out_and_named(slides, outlines, tmp_path):
+    shutil.copytree(slides[0], tmp_path / "s")
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "s" / "a_tiny.png")
+    (tmp_path / "s" / "half.png").write_bytes((slides[0] / "slide_a.png").read_bytes()[:4000])  # a whole header
+    (tmp_path / "s" / "empty.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="3 of 5 images are left out") as said:
+        chosen = workflow.select_patches(tmp_path / "s", tmp_path / "picks", 3, "cps", PROFILE)
+    assert {patch.image_id for patch in chosen.patches} <= set(NAMES)
+    reasons = {"a_tiny": "at least 64 pixels a side, got 20 x 40", "half": "damaged", "empty": "the file is empty"}
+    left_out = json.loads((tmp_path / "picks" / "selection.json").read_text())["left_out"]
+    for name, reason in reasons.items():
+        assert reason in left_out[name]
+        assert left_out[name] in str(said[0].message)
+    assert len(workflow.import_annotations(tmp_path / "picks", outlines, tmp_path / "out")) == 3
+    for name in NAMES:
+        (tmp_path / "s" / f"{name}.png").unlink()
+    with pytest.raises(WorkflowError, match=r"(?s)64 pixels can be chosen from none of its images:.*a_tiny: at least"):
+        workflow.select_patches(tmp_path / "s", tmp_path / "again", 3, "cps", PROFILE)
+
+
+def test_a_large_image_that_turns_out_to_be_damaged_is_named(slides, tmp_path, monkeypatch):
+    shutil.copytree(slides[0], tmp_path / "s")
+    image = np.asarray(Image.open(slides[0] / "slide_a.png"))
+    tifffile.imwrite(tmp_path / "s" / "t.tif", image, tile=(64, 64), compression="deflate", photometric="rgb")
+    with tifffile.TiffFile(tmp_path / "s" / "t.tif") as tiff:
+        start = tiff.pages[0].dataoffsets[3]
+    with open(tmp_path / "s" / "t.tif", "r+b") as file:
+        file.seek(start)
+        file.write(b"\0" * 500)
+    for name in ("workflow.patches.BAND_PIXELS", "selection.pool.BAND_PIXELS", "data.dataset.WHOLE_IMAGE_PIXELS"):
+        monkeypatch.setattr(f"nucseg.{name}", 0)
+    with pytest.raises(WorkflowError, match=r"t.tif: damaged .*; or take it out of .*s and select again"):
+        workflow.select_patches(tmp_path / "s", tmp_path / "picks", 3, "cps", PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("images", "out"),
+    [("s", "s"), ("s", "s/../s"), ("s/images", "s"), ("s", "s/core"), ("s", "s/core/labels")],
+    ids=["same", "same by another name", "beside images", "a folder of images", "a folder of labels"],
+)
+def test_nothing_is_written_where_it_would_become_the_labels_of_the_images(
+    trained, slides, picks, outlines, tmp_path, images, out
+):
+    for folder, name in (("images", "slide_a"), ("core/images", "slide_b")):
+        (tmp_path / "s" / folder).mkdir(parents=True)
+        shutil.copy(slides[0] / f"{name}.png", tmp_path / "s" / folder)
+    annotations.write_labels(tmp_path / "s" / "core" / "labels" / "slide_b.png", slides[1]["slide_b"])
+    before = sorted(tmp_path.rglob("*"))
+    for step in (
+        lambda place: workflow.predict_folder(trained, tmp_path / images, place),
+        lambda place: workflow.select_patches(tmp_path / images, place, 2, "random-crop", PROFILE),
+        lambda place: workflow.import_annotations(picks[0], outlines, place, images=tmp_path / images),
+    ):
+        with pytest.raises(WorkflowError, match=r"holds the images or .*; name another --out|; name a new"):
+            step(tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_predictions_in_a_folder_among_the_images_are_no_images_and_no_labels(trained, slides, tmp_path, monkeypatch):
+    shutil.copytree(slides[0], tmp_path / "s")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    predict = partial(workflow.predict_folder, trained, tmp_path / "s", tmp_path / "s" / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("nucseg.annotations.write_geojson", stop)  # when the first label map is there already
+        with pytest.raises(KeyboardInterrupt):
+            predict()
+    for _ in range(2):
+        found = open_images(tmp_path / "s").samples
+        assert [(sample.id, sample.labelled) for sample in found] == [(name, False) for name in NAMES]
+        predict()
+
+
+@pytest.mark.parametrize("strategy", ["cps", "k-center"])
+def test_how_many_patches_there_are_is_told_before_they_are_compared(slides, tmp_path, monkeypatch, strategy):
+    said = []
+    monkeypatch.setattr("nucseg.workflow.patches.say", said.append)
+    workflow.select_patches(slides[0], tmp_path / "few", 2, strategy, PROFILE)
+    assert said == ["12 windows of 64 px, 64 px apart, in 2 images", "12 of them show enough tissue and are compared"]
+    monkeypatch.setattr("nucseg.workflow.patches.MANY", 11)
+    with pytest.warns(UserWarning, match="12 patches take long .* with --step 128 there are about a quarter"):
+        workflow.select_patches(slides[0], tmp_path / "many", 2, strategy, PROFILE)
+
+
+@pytest.mark.parametrize(("strategy", "rule"), [("cps", " do not, or .exclusion: 0"), ("random-crop", " do not$")])
+def test_patches_that_show_the_same_tissue_are_told(slides, tmp_path, monkeypatch, strategy, rule):
+    places = [("slide_a", 0, 0), ("slide_a", 31, 0), ("slide_b", 31, 0), ("slide_a", 63, 0), ("slide_a", 64, 40)]
+    patches = tuple(Patch(*place, 64) for place in places)
+    chosen = Selection(strategy, patches, None, None, 0.1)
+    monkeypatch.setattr("nucseg.workflow.patches.select", lambda *a, **k: chosen)
+    with pytest.warns(UserWarning, match=rf"patches, 1 and 2 \(52%\) show .* --step 32 for patches that{rule}"):
+        workflow.select_patches(slides[0], tmp_path / "out", 5, strategy, PROFILE)
+
+
+def test_notes_on_a_selection_are_in_plain_words():
+    notes = {
+        "candidates='with-largest' would choose 3 of 9 otherwise": [
+            "3 of 9 are close calls: a rule hardly different takes others"
+        ],
+        "delta = 0.123456, 92.1% of the graph covered": ["92.1% of the windows look like one of these"],
+        "exclusion waived for 2 of 9 picks": ["2 of 9 overlap others: there is nothing else of their kind"],
+        "0 windows with less than 50% tissue left out": [],
+        "10 windows with less than 50% tissue left out": ["10 windows with less than 50% tissue left out"],
+        "0 windows with less than 50% tissue left out; 5 windows with least nuclear content left out": [
+            "5 windows with least nuclear content left out"
+        ],
+    }
+    for note, words in notes.items():
+        assert workflow.notes_for_reading(Selection("cps", (), None, None, 0.1, notes=(note,))) == words
 
 
 def test_predictions_lie_as_the_images_do_and_stay_where_they_are_when_another_of_the_name_comes(
@@ -580,6 +704,37 @@ def test_what_the_commands_wrote_into_the_folder_of_images_is_no_image(slides, t
     assert [sample.id for sample in open_images(tmp_path / "s").samples] == list(NAMES)
 
 
+def test_rounds_of_outlining_are_trained_on_together(training_set, picks, slides, tmp_path):
+    for name in ("round1", "round2"):
+        shutil.copytree(training_set[0], tmp_path / "all" / name)
+    shutil.copytree(picks[0], tmp_path / "all" / "picks")  # not outlined yet
+    workflow.train_folder(tmp_path / "all", tmp_path / "model", "hoverlite", PROFILE)
+    found = open_images(tmp_path / "all").samples
+    stems = sorted(path.stem for path in (training_set[0] / "images").iterdir())
+    assert [sample.id for sample in found] == [f"round{number}/{stem}" for number in (1, 2) for stem in stems]
+    assert all(sample.labelled for sample in found)
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["data"]["images"] == 2 * len(stems)
+
+
+def test_imported_patches_beside_other_images_are_left_out_and_it_is_said_how_to_train_on_them(
+    training_set, slides, tmp_path
+):
+    shutil.copytree(slides[0], tmp_path / "s")
+    shutil.copytree(training_set[0], tmp_path / "s" / "round1")
+    assert [sample.id for sample in open_images(tmp_path / "s").samples] == list(NAMES)
+    with (
+        pytest.warns(UserWarning, match=r"patches are left out, .*: round1. To train on these, name one of them"),
+        pytest.raises(WorkflowError, match="no image has a label map"),
+    ):
+        workflow.train_folder(tmp_path / "s", tmp_path / "model", "hoverlite", PROFILE)
+
+
+def test_a_folder_with_patches_to_outline_and_nothing_else_has_no_image(picks, tmp_path):
+    shutil.copytree(picks[0], tmp_path / "s" / "picks")
+    with pytest.raises(ValueError, match=r"no image found .*, nor what nucseg wrote without outlines: picks"):
+        open_images(tmp_path / "s")
+
+
 def test_patches_are_compared_with_the_images_that_they_come_back_to(slides, picks, outlines, tmp_path):
     shutil.copytree(slides[0], tmp_path / "s")
     for name in NAMES:
@@ -612,11 +767,36 @@ def test_outlines_are_found_by_names_that_look_the_same(slides, tmp_path):
     assert {name: path.stem for name, path in found.items()} == names
 
 
-def test_a_place_that_cannot_be_written_to_is_told_before_the_work(slides, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("nucseg.workflow.patches.select", lambda *a, **k: pytest.fail("worked first"))
-    with pytest.raises(WorkflowError, match="file/out: cannot be written to"):
-        workflow.select_patches(slides[0], tmp_path / "file" / "out", 2, "random-crop", PROFILE)
+@pytest.mark.parametrize("full", [False, True], ids=["no folder", "full disk"])
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(
+    training_set, trained, slides, picks, outlines, tmp_path, monkeypatch, full
+):
+    out = tmp_path / "file" / "out"
+    if full:
+        monkeypatch.setattr("nucseg.workflow.base.tempfile.TemporaryFile", lambda dir: io.FileIO("/dev/full", "w"))
+    else:
+        (tmp_path / "file").write_text("")
+    for place, work in (
+        ("patches.select", lambda: workflow.select_patches(slides[0], out, 2, "random-crop", PROFILE)),
+        ("patches.read_json", lambda: workflow.import_annotations(picks[0], outlines, out)),
+        ("segmenter.train", lambda: workflow.train_folder(training_set[0], out, "hoverlite", PROFILE)),
+        ("prediction.run_ahead", lambda: workflow.predict_folder(trained, slides[0], out)),
+        ("scores._truth", lambda: workflow.evaluate_folders(outlines, outlines, out / "scores.csv")),
+    ):
+        monkeypatch.setattr(f"nucseg.workflow.{place}", lambda *a, **k: pytest.fail("worked first"))
+        said = "No space left" if full else "Not a directory"
+        with pytest.raises(WorkflowError, match=rf"file/out: cannot be written to \({said}"):
+            work()
+        assert not out.exists()
+
+
+def test_scores_are_written_to_a_file_and_not_to_a_folder(slides, tmp_path):
+    for folder in ("truth", "predicted"):
+        annotations.write_labels(tmp_path / folder / "a.tif", slides[1]["slide_a"])
+    with pytest.raises(WorkflowError, match=r"is a folder; name a file for the table, such as .*scores.csv"):
+        workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted", tmp_path)
+    table = workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted", tmp_path / "new" / "scores.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "scores.csv"), table, check_dtype=False)
 
 
 def test_json_of_something_else_is_named(slides, outlines, tmp_path):
@@ -699,10 +879,6 @@ def test_images_without_labels_are_named_and_left_out(training_set, slides, tmp_
         workflow.train_folder(tmp_path / "set", tmp_path / "model", "hoverlite", PROFILE)
     record = json.loads((tmp_path / "model" / "model.json").read_text())
     assert record["data"]["images"] == 3
-    (tmp_path / "small").mkdir()
-    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "small" / "tiny.png")
-    with pytest.raises(WorkflowError, match="tiny: at least 32 pixels a side, got 20 x 40"):
-        workflow.predict_folder(tmp_path / "model", tmp_path / "small", tmp_path / "out")
 
 
 def test_without_a_profile_the_one_for_slides_is_taken_and_named(training_set, tmp_path, monkeypatch):
@@ -719,6 +895,32 @@ def test_without_a_profile_the_one_for_slides_is_taken_and_named(training_set, t
         assert shown.exit_code == 0, shown.output
         assert f"Profile {name}." in shown.output
         assert asked[-1] == name
+
+
+@pytest.mark.parametrize(
+    ("command", "stopped", "kept", "goes_on"),
+    [
+        (["select", "s", "--out", "out"], "select_patches", "", False),
+        (["train", "s", "--out", "out"], "train_folder", "", False),
+        (["train", "s", "--out", "out"], "train_folder", "out/.0123456789ab.labelled.state", True),
+        (["predict", "m", "s", "--out", "out"], "predict_folder", "out/predictions.json", False),
+        (["predict", "m", "s", "--out", "out"], "predict_folder", "out/images.csv", True),
+    ],
+)
+def test_a_command_that_is_stopped_says_whether_it_goes_on(tmp_path, monkeypatch, command, stopped, kept, goes_on):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workflow, stopped, stop)
+    if kept:
+        (tmp_path / "out").mkdir()
+        (tmp_path / kept).write_text("")
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 130
+    said = "goes on where it was" if goes_on else "begins anew"
+    assert shown.stderr.strip().splitlines() == [f"nucseg: stopped; the same command {said}"]
+    assert "Then:" not in shown.stdout
 
 
 def test_the_profiles_for_slides_differ_in_size_and_not_in_what_is_changed():
@@ -850,6 +1052,51 @@ def test_evaluation_compares_by_name_and_ends_with_the_mean(slides, tmp_path):
         workflow.evaluate_folders(tmp_path / "true", tmp_path / "predicted")
 
 
+@pytest.mark.parametrize(
+    ("image", "drawn"),
+    [
+        ("{name}.png", "{name}.geojson"),
+        ("{name}.png", "{name}_labels.png"),
+        ("Tissue Images/{name}.png", "Annotations/{name}.geojson"),
+        ("images/{name}.png", "labels/{name}.tif"),
+        ("test/deep/{name}.png", "test/deep/{name}_mask.tif"),
+    ],
+)
+def test_the_truth_may_lie_as_one_trains_from_it(trained, slides, tmp_path, image, drawn):
+    for name in NAMES:
+        path, other = (tmp_path / "s" / place.format(name=name) for place in (image, drawn))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(slides[0] / f"{name}.png", path)
+        write = annotations.write_geojson if other.suffix == ".geojson" else annotations.write_labels
+        write(other, slides[1][name])
+    workflow.predict_folder(trained, tmp_path / "s", tmp_path / "out")
+    table = workflow.evaluate_folders(tmp_path / "s", tmp_path / "out")
+    ids = [sample.id for sample in open_images(tmp_path / "s").samples]
+    assert list(table["image_id"]) == [*ids, "mean"]
+    for name, image_id in zip(NAMES, ids, strict=True):
+        annotations.write_labels(tmp_path / "out" / "labels" / f"{image_id}.tif", slides[1][name])
+    assert (workflow.evaluate_folders(tmp_path / "s", tmp_path / "out")["aji"] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["{name}.png", "{name}_labels.png", "labels/{name}.tif"])
+def test_bare_label_maps_are_a_truth_and_no_images(slides, tmp_path, name):
+    for folder in ("truth", "predicted"):
+        for each in NAMES:
+            annotations.write_labels(tmp_path / folder / name.format(name=each), slides[1][each])
+    assert (workflow.evaluate_folders(tmp_path / "truth", tmp_path / "predicted")["aji"] == 1).all()
+
+
+def test_an_image_without_outlines_among_the_truth_is_told(slides, tmp_path):
+    (tmp_path / "s").mkdir()
+    for name in NAMES:
+        shutil.copy(slides[0] / f"{name}.png", tmp_path / "s")
+        annotations.write_labels(tmp_path / "out" / "labels" / f"{name}.tif", slides[1][name])
+    annotations.write_labels(tmp_path / "s" / "slide_a_labels.png", slides[1]["slide_a"])
+    with pytest.warns(UserWarning, match="no truth for 1 predictions, left out: slide_b"):
+        table = workflow.evaluate_folders(tmp_path / "s", tmp_path / "out")
+    assert list(table["image_id"]) == ["slide_a", "mean"]
+
+
 def test_a_model_folder_with_an_unknown_setting_is_refused(training_set, tmp_path):
     workflow.train_folder(training_set[0], tmp_path, "hoverlite", PROFILE)
     record = tmp_path / "model.json"
@@ -859,6 +1106,6 @@ def test_a_model_folder_with_an_unknown_setting_is_refused(training_set, tmp_pat
 
 
 def test_patches_are_never_larger_than_asked(slides, tmp_path):
-    config = replace(PROFILE, selection=replace(PROFILE.selection, size=96, step=32))
+    config = replace(PROFILE, selection=replace(PROFILE.selection, size=96, step=48))
     selection = workflow.select_patches(slides[0], tmp_path, 2, "random-crop", config, seed=5)
     assert {patch.size for patch in selection.patches} == {96}

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nucseg.commands.options import STRATEGY_HELP, DeviceOption, OutOption, ProfileOption, SeedOption, app
+
+
+@contextmanager
+def stoppable(kept: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """End a command that its user stops with one line and exit code 130; `kept` tells whether it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        on = "goes on where it was" if kept() else "begins anew"
+        typer.echo(f"\nnucseg: stopped; the same command {on}", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -34,19 +47,20 @@ def select(
     device: DeviceOption = "",
 ) -> None:
     """Choose the few patches of your images that are worth outlining, as PNG and QuPath rectangles."""
-    from dataclasses import replace
+    with stoppable():
+        from dataclasses import replace
 
-    from nucseg import workflow
-    from nucseg.profiles import load_profile
+        from nucseg import workflow
+        from nucseg.profiles import load_profile
 
-    settings = load_profile(profile)
-    size = size or settings.selection.size
-    config = replace(settings.selection, size=size, step=step or max(1, size // 4), tissue=tissue, nuclei=nuclei)
-    settings = replace(settings, selection=config, encoder=encoder or settings.encoder)
-    selection = workflow.select_patches(images, out, k1, strategy, settings, seed, device)
+        settings = load_profile(profile)
+        size = size or settings.selection.size
+        config = replace(settings.selection, size=size, step=step or max(1, size // 4), tissue=tissue, nuclei=nuclei)
+        settings = replace(settings, selection=config, encoder=encoder or settings.encoder)
+        selection = workflow.select_patches(images, out, k1, strategy, settings, seed, device)
     for rank, patch in enumerate(selection.patches, 1):
         typer.echo(f"{rank:3d}  {patch.image_id}  row {patch.row}  column {patch.col}  {patch.size} px")
-    for note in selection.notes:
+    for note in workflow.notes_for_reading(selection):
         typer.echo(f"     {note}")
     typer.echo(
         f"{100 * selection.label_share:.2f} % of all pixels. Outline the nuclei in these patches: {out / 'geojson'}"
@@ -73,7 +87,7 @@ def import_annotations(
 
 @app.command()
 def train(
-    dataset: Annotated[Path, typer.Argument(help="A folder of images/ with labels/.")],
+    dataset: Annotated[Path, typer.Argument(help="A folder of imported patches or of images/ with labels/.")],
     out: OutOption,
     segmenter: Annotated[
         str, typer.Option(help="hoverlite, hovernet, maskrcnn, pffnet, dpmsff, mdcnet, dist or micronet.")
@@ -88,18 +102,17 @@ def train(
     ] = "",
 ) -> None:
     """Train a segmenter on outlined patches; what was stopped goes on where it was, by the same command."""
-    from nucseg import workflow
-    from nucseg.profiles import load_profile
 
-    settings = load_profile(profile or workflow.default_profile(device))
-    typer.echo(f"Profile {settings.name}.")
-    try:
+    def kept() -> bool:
+        return any(any(out.expanduser().glob(name)) for name in (".*.state", ".*.first.safetensors"))
+
+    with stoppable(kept):  # once a minute
+        from nucseg import workflow
+        from nucseg.profiles import load_profile
+
+        settings = load_profile(profile or workflow.default_profile(device))
+        typer.echo(f"Profile {settings.name}.")
         result = workflow.train_folder(dataset, out, segmenter, settings, seed, device, unlabelled)
-    except KeyboardInterrupt:
-        kept = any(out.glob(".*.state")) or any(out.glob(".*.first.safetensors"))
-        what = "The same command goes on from what was kept, once a minute" if kept else "Nothing was worth keeping yet"
-        typer.echo(f"\nStopped. {what}.", err=True)
-        raise typer.Exit(130) from None
     typer.echo(f"{result.seconds:.0f} s, last loss {result.curve[-1]['total']:.3f}")
     typer.echo(f"Then: nucseg predict {out} IMAGES --out DIR")
 
@@ -112,26 +125,27 @@ def predict(
     device: DeviceOption = "",
 ) -> None:
     """Segment images: a label map and a QuPath GeoJSON each."""
-    from nucseg import workflow
+    with stoppable(lambda: (out.expanduser() / "images.csv").is_file()):  # written with the first that is done
+        from nucseg import workflow
 
-    typer.echo(workflow.predict_folder(model, images, out, device).to_string(index=False))
+        table = workflow.predict_folder(model, images, out, device)
+    typer.echo(table.to_string(index=False))
     typer.echo(f"Label maps: {out / 'labels'}   outlines for QuPath: {out / 'geojson'}")
 
 
 @app.command()
 def evaluate(
-    truth: Annotated[Path, typer.Argument(help="A folder of true label maps, or one with labels/ in it.")],
-    predicted: Annotated[Path, typer.Argument(help="A folder of predicted ones, by the same names.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = None,
+    truth: Annotated[
+        Path, typer.Argument(help="A folder of images with outlines, as for 'train', or of true label maps.")
+    ],
+    predicted: Annotated[Path, typer.Argument(help="What 'predict' wrote, or label maps by the same names.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Also write the table to this CSV file.")] = "",
 ) -> None:
     """Print AJI, AJI+, Dice, PQ and F1 per image and their mean."""
     from nucseg import workflow
 
-    table = workflow.evaluate_folders(truth, predicted)
+    table = workflow.evaluate_folders(truth, predicted, out)
     typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(out, index=False)
 
 
 @app.command()

@@ -7,14 +7,15 @@ is train.
 
 What else lies there and might have been meant is left out with a warning: images beside the splits, label files without
 an image, kinds that cannot be read, links to folders and folders too deep. Folders that nucseg wrote into this one
-(patches to outline, training sets, predictions) are no images of it and are left out without one.
+(patches to outline, training sets, predictions) are no images of it and are left out without one; but where there are
+no other images, the training sets of several rounds of outlining are opened together.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from nucseg.annotations.errors import DataError
@@ -30,7 +31,8 @@ LABEL_FILE = re.compile(
     re.IGNORECASE,
 )
 UNREAD = (".gif", ".jp2", ".j2k", ".dcm", ".czi", ".lif", ".vsi", ".bif", ".heic", ".avif")  # images all the same
-OWN = ("selection.json", "patches.csv", "predictions.json")  # a folder that holds one is the output of a command
+OWN = ("selection.json", "predictions.json", "patches.csv")  # a folder that holds one is the output of a command
+TRAINING_SET = "patches.csv"  # alone; a selection has one too
 DEPTH = 3
 PREFERENCE = (".geojson", ".xml", ".npy", ".tif", ".tiff", ".png")  # drawn outlines before rasters, where both exist
 
@@ -72,19 +74,31 @@ def load(folder: str | Path) -> Dataset:
     else:
         samples = {"train": _samples(folder)}
     if not any(samples.values()):
+        own = _names(folder, [place for place, names in walk(folder, DEPTH) if place != folder and _of(names)])
         raise MissingData(
             f"{folder}: no image found in it or {DEPTH} folders below; images are {', '.join(IMAGE_SUFFIXES)}, "
             "label files (*_labels.png, labels/, *.xml, *.geojson, *_seg.npy) do not count"
+            + (f", nor what nucseg wrote without outlines: {own}" if own else "")
         )
     return Dataset(name=folder.resolve().name, **samples, licence="the user's own", fingerprint_of="file bytes")
 
 
+def training_sets(folder: str | Path) -> list[Path]:
+    """Return the folders below this one that `nucseg import-annotations` wrote, whether or not `load` opens them."""
+    return [place for place, names in walk(Path(folder), DEPTH) if place != Path(folder) and _of(names) == TRAINING_SET]
+
+
 def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
+    """Return the images below a folder; where there are none, those of the training sets below it."""
+    return _found(root, prefix, OWN) or _found(root, prefix, tuple(name for name in OWN if name != TRAINING_SET))
+
+
+def _found(root: Path, prefix: str, skipped: Collection[str]) -> tuple[Sample, ...]:
     images: dict[tuple[Path, str], Path] = {}
     labels: dict[tuple[Path, str], Path] = {}
     unread: list[Path] = []
     unseen: list[Path] = []
-    for folder, names in _folders(root, unseen):
+    for folder, names in _folders(root, unseen, skipped):
         kind = folder.name.lower()
         home = folder.parent if kind in IMAGE_FOLDERS + LABEL_FOLDERS and folder != root else folder
         if kind.startswith(("slide_", "gt_")):  # TNBC as it unzips
@@ -117,11 +131,18 @@ def _samples(root: Path, prefix: str = "") -> tuple[Sample, ...]:
     return tuple(samples)
 
 
-def _folders(root: Path, left_out: list[Path] | None = None) -> Iterator[tuple[Path, list[str]]]:
+def _of(names: Iterable[str]) -> str:
+    """Return the file, one of `OWN`, by which a folder with these files is known as a command's output, or nothing."""
+    return next((name for name in OWN if name in names), "")
+
+
+def _folders(
+    root: Path, left_out: list[Path] | None = None, skipped: Collection[str] = OWN
+) -> Iterator[tuple[Path, list[str]]]:
     """Yield folders and their file names, but those that a command has written into this one."""
     own: list[Path] = []
     for folder, names in walk(root, DEPTH, left_out):
-        if folder != root and set(OWN) & set(names):
+        if folder != root and _of(names) in skipped:
             own.append(folder)
         if not any(folder.is_relative_to(other) for other in own):
             yield folder, names
@@ -129,9 +150,12 @@ def _folders(root: Path, left_out: list[Path] | None = None) -> Iterator[tuple[P
 
 def _say(root: Path, why: str, paths: list[Path]) -> None:
     if paths:
-        said = ", ".join(path.relative_to(root).as_posix() for path in paths[:5])
-        said += f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-        warnings.warn(f"{root}: left out, {why}: {said}", ImageWarning, stacklevel=4)
+        warnings.warn(f"{root}: left out, {why}: {_names(root, paths)}", ImageWarning, stacklevel=5)
+
+
+def _names(root: Path, paths: list[Path]) -> str:
+    said = ", ".join(path.relative_to(root).as_posix() for path in paths[:5])
+    return said + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 def _rank(path: Path) -> int:

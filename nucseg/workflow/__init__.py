@@ -6,7 +6,7 @@ Each step reads and writes one folder, so each can be looked at, corrected and r
 """
 
 from nucseg.workflow.base import WorkflowError, default_profile
-from nucseg.workflow.patches import import_annotations, select_patches
+from nucseg.workflow.patches import import_annotations, notes_for_reading, select_patches
 from nucseg.workflow.prediction import predict_folder, segment_slide
 from nucseg.workflow.scores import evaluate_folders
 from nucseg.workflow.segmenter import load_model, train_folder, unlabelled_views
@@ -17,6 +17,7 @@ __all__ = [
     "evaluate_folders",
     "import_annotations",
     "load_model",
+    "notes_for_reading",
     "predict_folder",
     "segment_slide",
     "select_patches",

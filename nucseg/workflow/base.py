@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nucseg.data import NAMES, Dataset, Sample, check_pixel_sizes, load_dataset, load_folder
+from nucseg.data import NAMES, DataError, Dataset, Sample, check_pixel_sizes, load_dataset, load_folder
+from nucseg.data.folder import IMAGE_FOLDERS
 from nucseg.devices import pick_device
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
+PROBE = 2**20  # bytes that a disk must have room for before any work whose result it is to hold
 
 
 class WorkflowError(RuntimeError):
@@ -65,6 +67,41 @@ def training_images(dataset: Dataset) -> list[Sample]:
     return chosen
 
 
+def large_enough(samples: Iterable[Sample], side: int) -> tuple[list[Sample], dict[str, str]]:
+    """Return the samples of at least `side` pixels by their headers, and by id why the others are not among them."""
+    good, bad = [], {}
+    for sample in samples:
+        try:
+            height, width = sample.shape
+        except DataError as error:
+            bad[sample.id] = str(error)
+            continue
+        if min(height, width) < side:
+            bad[sample.id] = f"{sample.id}: at least {side} pixels a side, got {height} x {width}"
+        else:
+            good.append(sample)
+    return good, bad
+
+
+def keep_apart(out: Path, images: str | Path, samples: Iterable[Sample]) -> None:
+    """Raise where what is written to `out` would be taken for images or their labels when `images` is opened next.
+
+    A folder of its own among the images is fine: it is left out by the file that says what wrote it.
+    """
+    root = Path(images).expanduser()
+    if not root.is_dir():  # a public dataset's name
+        return
+    files = [getattr(sample.source, name) for sample in samples for name in ("image_path", "label_path")]
+    inside = [root.resolve() / path.relative_to(root) for path in files if path is not None]
+    root, out = root.resolve(), out.resolve()
+    beside = root.parent if root.name.lower() in IMAGE_FOLDERS else root  # where labels/ would be these images' labels
+    if out in (root, beside) or (out.is_relative_to(root) and any(path.is_relative_to(out) for path in inside)):
+        raise WorkflowError(
+            f"{out} holds the images or their labels, and what is written there would be taken for some of them; "
+            f"name another --out, such as {out / 'nucseg'}"
+        )
+
+
 def new_folder(path: Path) -> Path:
     """Make a folder to write to, before the work whose result it is for.
 
@@ -73,12 +110,27 @@ def new_folder(path: Path) -> Path:
     WorkflowError
         If that cannot be.
     """
+    check_writable(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
     except OSError as error:
-        raise WorkflowError(f"{path}: cannot be written to ({error.strerror}); name another --out") from error
+        raise _unwritable(path, error) from error
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raise unless files can be written to a folder, or to the one that it will be made in; nothing is left there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE))
+            file.flush()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> WorkflowError:
+    return WorkflowError(f"{path}: cannot be written to ({error.strerror}); name another --out")
 
 
 def reader(sample: Sample) -> Callable[[int, int, int, int], np.ndarray]:

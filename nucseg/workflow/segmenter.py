@@ -21,6 +21,7 @@ from nucseg.augment import AugmentConfig
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import from_mapping, to_plain
 from nucseg.data import Dataset, Sample
+from nucseg.data.folder import training_sets
 from nucseg.devices import pick_device
 from nucseg.files import whole, write_text
 from nucseg.mean_teacher import MeanTeacher
@@ -65,7 +66,7 @@ def train_folder(
     Parameters
     ----------
     dataset
-        What `import_annotations` wrote, or any folder with ``images/`` and ``labels/``.
+        What `import_annotations` wrote, a folder of several of these, or any folder with ``images/`` and ``labels/``.
     segmenter
         A name of `nucseg.models.REGISTRY`.
     profile
@@ -92,6 +93,7 @@ def train_folder(
     if (out / MODEL_FILE).exists():
         raise WorkflowError(f"{out} holds a model already; name another folder, or remove this one first")
     data = open_images(dataset)
+    _warn_of_other_sets(dataset, data)
     others = training_images(open_images(unlabelled)) if unlabelled else []
     pairs = _labelled_pairs(data, dataset)
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
@@ -119,6 +121,22 @@ def train_folder(
     write_text(out / MODEL_FILE, json.dumps(record, indent=1))
     begun.forget()
     return result
+
+
+def _warn_of_other_sets(place: str | Path, data: Dataset) -> None:
+    """Say which training sets a folder holds that are not among its images, because there are others beside them."""
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        return
+    opened = [sample.source.image_path for sample in data.samples]
+    sets = [path for path in training_sets(folder) if not any(image.is_relative_to(path) for image in opened)]
+    if sets:
+        said = ", ".join(path.relative_to(folder).as_posix() for path in sets)
+        warnings.warn(
+            f"{place}: imported patches are left out, as other images lie beside them: {said}. To train on these, name "
+            "one of them, or put them into a folder that holds nothing else and name that",
+            stacklevel=3,
+        )
 
 
 def _labelled_pairs(data: Dataset, place: str | Path) -> list[Pair]:
