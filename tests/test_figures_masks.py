@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nucseg.figures import signed
 from nucseg.figures.masks import colour_instances, figure4, figure_realism
 from nucseg.masks import STATISTICS, hou_polygons, synthesis_steps, synthesize_masks
 
@@ -62,3 +63,11 @@ def test_the_realism_figure_shows_every_statistic_of_every_kind_with_its_distanc
     median = np.interp(0.5, *figure.axes[0].lines[2].get_xydata().T[::-1])
     assert median == pytest.approx(np.median(shifted["area"]), abs=0.2)
     figure.canvas.draw()
+
+
+def test_signed_numbers_are_blue_below_nought_and_red_above():
+    below, nought, above, far = signed(np.array([[-1.0, 0.0, 1.0, 9.0]]))[0]
+    assert below[2] > below[0] + 0.2
+    assert above[0] > above[2] + 0.2
+    assert nought.min() > 0.95
+    assert (far == above).all()

@@ -17,7 +17,7 @@ COLUMNS = ("HoVer-Net + Ours", "MRCNN + Ours", "HoVer-Net", "MRCNN", "NaiveAug +
 _SIDE, _WIDTH = (2.1, 2.8), 8.4  # inches of a panel, at least and at most, and of all of them where that is enough
 # Yellow, green and red mixed, is where the outlines agree. Told apart without red and green too (Okabe and Ito).
 TRUTH, PREDICTION, BOTH = (0, 158, 115), (213, 94, 0), (240, 228, 66)
-# Pixels that two outlines may lie apart and still agree. Two all around a stromal nucleus, 8 pixels wide, are half of it.
+# Pixels that two outlines may lie apart and still agree. Two, all around a nucleus 8 pixels wide, are half of it.
 AGREE = 1
 
 

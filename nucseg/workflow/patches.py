@@ -370,7 +370,10 @@ def _read_outlines(path: Path, sample: Sample) -> SparseLabels:
         return labels
     labels = annotations.read_labels(path)
     if labels.shape != sample.shape:
-        raise WorkflowError(f"{path}: label map of {labels.shape}, but image {sample.id} is {sample.shape}; {HINT}")
+        why = annotations.another_size(sample.shape, labels.shape)
+        raise WorkflowError(
+            f"{path}: label map of {labels.shape}, but image {sample.id} is {sample.shape}; {HINT}. By its size {why}"
+        )
     return SparseLabels.of(labels)
 
 
