@@ -112,7 +112,7 @@ def figure_realism(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         for kind, colour in zip(kinds, ("black", "#4477aa", "#ee7733"), strict=False):
             if (values := kinds[kind][name]).size:
                 axis.ecdf(values, color=colour, linewidth=1.6 if kind == real else 1.1, label=kind)
-        far = [f"{kind} {distance:.2g}" for kind in others
+        far = [f"{kind} {distance:{'.0f' if distance >= 10 else '.2g'}}" for kind in others
                if np.isfinite(distance := realism(kinds[real], kinds[kind])[name])]  # fmt: skip
         axis.set_title("distance: " + ", ".join(far), fontsize=7.5)
         axis.set_xlabel(_UNITS[name], fontsize=8)
