@@ -68,6 +68,9 @@ def test_one_run_that_stands_for_two_systems_has_one_column_with_both_names():
     assert figure7([(image, square(), names)], tuple(names)).axes[0].get_title() == "HoVer-Net, MRCNN\n[lite]"
     names = {f"{COLUMNS[2]}\n[lite]": square(), COLUMNS[3]: square()}
     assert figure7([(image, square(), names)], tuple(names)).axes[0].get_title() == "HoVer-Net [lite],\nMRCNN"
+    scores = {COLUMNS[2]: [0.5, 0.6], COLUMNS[3]: [0.5, 0.7], COLUMNS[0]: [0.1, 0.1]}  # of whole images: two runs
+    figure = figure7(rows, (COLUMNS[0], *COLUMNS[2:4]), scores)
+    assert [axis.get_title() for axis in figure.axes[:3]] == [COLUMNS[0], *COLUMNS[2:4]]
     everything = {name: square(at=9 + i) for i, name in enumerate(COLUMNS)}
     assert sum(bool(axis.images) for axis in figure7([(image, square(), everything)]).axes) == len(COLUMNS)
 

@@ -41,7 +41,7 @@ def figure7(
         `Row`, or a plain tuple (image, labels, predictions[, title]).
     columns
         Systems, left to right. One without any prediction has no column, but is named in a line below: nothing is left
-        out silently. Two with the same predictions, such as one run that stands for two systems, share a column.
+        out silently. Two with the same predictions and scores (one run that stands for two systems) share a column.
     scores
         Column -> AJI of each row, printed below the panels.
 
@@ -65,7 +65,7 @@ def figure7(
     columns = [name for name in columns if name not in absent]
     if not columns:
         raise ValueError("rows: no prediction of any system; nothing of this figure was run")
-    groups = _alike(rows, columns)
+    groups = _alike(rows, columns, scores or {})
     side = min(max(_WIDTH / len(groups), _SIDE[0]), _SIDE[1])
     figure = Figure(figsize=(side * max(len(groups), 2), (side + 0.15) * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots(len(rows), len(groups), squeeze=False)
@@ -111,13 +111,14 @@ def _title(group: Sequence[str]) -> str:
     return f"{', '.join(heads)}\n{tails[0]}".strip()
 
 
-def _alike(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
-    """Return the columns in groups, those together whose label maps are equal in every crop."""
+def _alike(rows: Sequence[Row], columns: Sequence[str], scores: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """Return the columns in groups: together are those whose label maps are equal in every crop, and their scores."""
     groups: list[list[str]] = []
     for name in columns:
         for group in groups:
             maps = [(row.predictions.get(group[0]), row.predictions.get(name)) for row in rows]
-            if all(a is not None and b is not None and np.array_equal(a, b) for a, b in maps):
+            same = all(a is not None and b is not None and np.array_equal(a, b) for a, b in maps)
+            if same and list(scores.get(group[0], ())) == list(scores.get(name, ())):
                 group.append(name)
                 break
         else:
