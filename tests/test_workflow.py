@@ -27,7 +27,7 @@ from nucseg.profiles import load_profile
 from nucseg.selection import Selection
 from nucseg.workflow import WorkflowError
 from nucseg.workflow.base import open_images
-from nucseg.workflow.patches import _outline_files
+from nucseg.workflow.outlines import _outline_files
 from nucseg.workflow.prediction import shows_something
 
 PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
@@ -556,7 +556,7 @@ def test_a_large_image_that_turns_out_to_be_damaged_is_named(slides, tmp_path, m
     with open(tmp_path / "s" / "t.tif", "r+b") as file:
         file.seek(start)
         file.write(b"\0" * 500)
-    for name in ("workflow.patches.BAND_PIXELS", "selection.pool.BAND_PIXELS", "data.dataset.WHOLE_IMAGE_PIXELS"):
+    for name in ("workflow.selecting.BAND_PIXELS", "selection.pool.BAND_PIXELS", "data.dataset.WHOLE_IMAGE_PIXELS"):
         monkeypatch.setattr(f"nucseg.{name}", 0)
     with pytest.raises(WorkflowError, match=r"t.tif: damaged .*; or take it out of .*s and select again"):
         workflow.select_patches(tmp_path / "s", tmp_path / "picks", 3, "cps", PROFILE)
@@ -605,10 +605,10 @@ def test_predictions_in_a_folder_among_the_images_are_no_images_and_no_labels(tr
 @pytest.mark.parametrize("strategy", ["cps", "k-center"])
 def test_how_many_patches_there_are_is_told_before_they_are_compared(slides, tmp_path, monkeypatch, strategy):
     said = []
-    monkeypatch.setattr("nucseg.workflow.patches.say", said.append)
+    monkeypatch.setattr("nucseg.workflow.selecting.say", said.append)
     workflow.select_patches(slides[0], tmp_path / "few", 2, strategy, PROFILE)
     assert said == ["12 windows of 64 px, 64 px apart, in 2 images", "12 of them show enough tissue and are compared"]
-    monkeypatch.setattr("nucseg.workflow.patches.MANY", 11)
+    monkeypatch.setattr("nucseg.workflow.selecting.MANY", 11)
     with pytest.warns(UserWarning, match="12 patches take long .* with --step 128 there are about a quarter"):
         workflow.select_patches(slides[0], tmp_path / "many", 2, strategy, PROFILE)
 
@@ -618,7 +618,7 @@ def test_patches_that_show_the_same_tissue_are_told(slides, tmp_path, monkeypatc
     places = [("slide_a", 0, 0), ("slide_a", 31, 0), ("slide_b", 31, 0), ("slide_a", 63, 0), ("slide_a", 64, 40)]
     patches = tuple(Patch(*place, 64) for place in places)
     chosen = Selection(strategy, patches, None, None, 0.1)
-    monkeypatch.setattr("nucseg.workflow.patches.select", lambda *a, **k: chosen)
+    monkeypatch.setattr("nucseg.workflow.selecting.select", lambda *a, **k: chosen)
     with pytest.warns(UserWarning, match=rf"patches, 1 and 2 \(52%\) show .* --step 32 for patches that{rule}"):
         workflow.select_patches(slides[0], tmp_path / "out", 5, strategy, PROFILE)
 
@@ -777,8 +777,8 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_work(
     else:
         (tmp_path / "file").write_text("")
     for place, work in (
-        ("patches.select", lambda: workflow.select_patches(slides[0], out, 2, "random-crop", PROFILE)),
-        ("patches.read_json", lambda: workflow.import_annotations(picks[0], outlines, out)),
+        ("selecting.select", lambda: workflow.select_patches(slides[0], out, 2, "random-crop", PROFILE)),
+        ("outlines.read_json", lambda: workflow.import_annotations(picks[0], outlines, out)),
         ("segmenter.train", lambda: workflow.train_folder(training_set[0], out, "hoverlite", PROFILE)),
         ("prediction.run_ahead", lambda: workflow.predict_folder(trained, slides[0], out)),
         ("scores._truth", lambda: workflow.evaluate_folders(outlines, outlines, out / "scores.csv")),

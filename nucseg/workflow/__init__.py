@@ -6,10 +6,11 @@ Each step reads and writes one folder, so each can be looked at, corrected and r
 """
 
 from nucseg.workflow.base import WorkflowError, default_profile
-from nucseg.workflow.patches import import_annotations, notes_for_reading, select_patches
+from nucseg.workflow.outlines import import_annotations
 from nucseg.workflow.prediction import predict_folder, segment_slide
 from nucseg.workflow.scores import evaluate_folders
 from nucseg.workflow.segmenter import load_model, train_folder, unlabelled_views
+from nucseg.workflow.selecting import notes_for_reading, select_patches
 
 __all__ = [
     "WorkflowError",

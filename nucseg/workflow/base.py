@@ -6,7 +6,7 @@ import json
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from nucseg.data import NAMES, DataError, Dataset, Sample, check_pixel_sizes, load_dataset, load_folder
 from nucseg.data.folder import IMAGE_FOLDERS
 from nucseg.devices import pick_device
+from nucseg.patches import Patch
 
 SELECTION_FILE, MODEL_FILE = "selection.json", "model.json"
 PROBE = 2**20  # bytes that a disk must have room for before any work whose result it is to hold
@@ -165,3 +166,8 @@ def unique_names(image_ids: Iterable[str]) -> dict[str, str]:
     image_ids = list(image_ids)
     count = Counter(Path(image_id).name for image_id in image_ids)
     return {i: Path(i).name if count[Path(i).name] == 1 else i for i in image_ids}
+
+
+def patch_file(rank: int, patch: Patch, names: Mapping[str, str]) -> str:
+    """Return the name of a chosen patch's picture, which its training image has too; `names` are those of images."""
+    return f"{rank:02d}_{names[patch.image_id].replace('/', '_')}_r{patch.row}_c{patch.col}.png"
