@@ -47,6 +47,9 @@ EMBEDDED = {
 }
 
 
+STRIDES = (2, 4, 8, 16, 32)  # of a segmenter's feature pyramid
+
+
 class EncoderError(RuntimeError):
     """An encoder's name is unknown or its pretrained weights could not be had."""
 
@@ -85,6 +88,11 @@ class Pyramid(nn.Module):
         Channels of each of the five maps, finest first.
     strides
         ``(2, 4, 8, 16, 32)``.
+
+    Raises
+    ------
+    EncoderError
+        For a network whose maps have other strides, and as for `Encoder`.
     """
 
     def __init__(self, name: str, weights: str | Path | None = None, pretrained: bool = True):
@@ -120,6 +128,11 @@ def _create(name: str, weights: str | Path | None, pretrained: bool = True, **kw
             "timm.list_models() prints"
         )
     net = timm.create_model(timm_name, pretrained=False, **kwargs)
+    if kwargs.get("features_only") and (found := tuple(net.feature_info.reduction())) != STRIDES:
+        raise EncoderError(
+            f"{name}: its feature maps have strides {found}, and segmenters need {STRIDES}; take a ResNet or an "
+            "EfficientNet (for selecting patches any will do)"
+        )
     if not pretrained:
         return net
     state = read_weights(weights) if weights is not None else _pretrained_state(name)

@@ -73,7 +73,7 @@ class GridSettings:
     keep
         Ids of rows that keep their own segmenter all the same, for example ``("I.cps",)``.
     rows
-        Keys of the rows to run by table; ``("*",)`` for all. A table left out is not run.
+        Keys of the rows to run by table; ``("*",)`` for all. They run in this order; a table left out does not.
     k1_grid
         Table VI's three values of K1 as parts of the dataset's own: 6/9, 9/9 and 12/9 in the paper.
     strategies
@@ -137,6 +137,11 @@ class GridSettings:
         keys = self.rows.get(row.table, ())
         return "*" in keys or row.key in keys
 
+    def chosen(self, table: str) -> list[Row]:
+        """Return the rows of a table that this profile runs, in the order in which it names them."""
+        keys = self.rows.get(table, ())
+        return sorted(filter(self.runs, rows(table)), key=lambda row: keys.index(row.key if row.key in keys else "*"))
+
     def segmenter(self, row: Row) -> str:
         """Return the segmenter that a row is run with: its own, or the substitute."""
         own = row.spec.segmenter
@@ -168,10 +173,9 @@ def experiments_of(row: Row, dataset: str, settings: GridSettings) -> tuple[Expe
 
 
 def grid(dataset: str, settings: GridSettings, tables: Iterable[str] | None = None) -> tuple[Experiment, ...]:
-    """Return the distinct experiments that a profile runs on a dataset, each once, in the order of the tables."""
+    """Return the distinct experiments that a profile runs on a dataset, in the order of tables and of its `rows`."""
     distinct: dict[Experiment, None] = {}
     for table in TABLES if tables is None else tables:
-        for row in rows(table):
-            if settings.runs(row):
-                distinct.update(dict.fromkeys(experiments_of(row, dataset, settings)))
+        for row in settings.chosen(table):
+            distinct.update(dict.fromkeys(experiments_of(row, dataset, settings)))
     return tuple(distinct)

@@ -31,7 +31,7 @@ class Pipeline(Stages):
         nucseg.data.MissingData
             Before anything is made, if there are no training or no test images with labels.
         """
-        self.dataset.require("train", "test")
+        self.dataset.check_experiments()
         if experiment.supervision == "full":
             share, outlined = 1.0, [(sample.id, sample.labels) for sample in self.dataset.train]
         else:

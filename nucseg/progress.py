@@ -3,7 +3,7 @@
 In a terminal it is a bar. Under ``nucseg reproduce`` the notebook's kernel reports to the file that
 ``NUCSEG_PROGRESS`` names, and the bar is the parent's. In a notebook it is one line, rewritten in place, which is
 also readable in static HTML. Where standard error is a file or a pipe, each finished task is one line with its
-seconds, and one that fails or is stopped leaves none. In tests, and with ``NUCSEG_QUIET`` set, it is silent. A
+seconds, and one that fails or is stopped leaves none. With ``NUCSEG_QUIET`` set it is silent. A
 training's learning curve grows in a notebook, and elsewhere each of its validations is a line.
 """
 
@@ -154,7 +154,7 @@ def _in_notebook() -> bool:
 
 
 def _quiet() -> bool:
-    return "PYTEST_CURRENT_TEST" in os.environ or bool(os.environ.get("NUCSEG_QUIET"))
+    return bool(os.environ.get("NUCSEG_QUIET"))
 
 
 def _log(closed: Task) -> None:

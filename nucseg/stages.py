@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nucseg import gan, metrics, models
+from nucseg import gan, kernels, metrics, models
 from nucseg.augment import AugmentConfig
 from nucseg.checkpoints import Checkpoint
 from nucseg.config import to_plain
@@ -85,7 +85,8 @@ class Stages:
         self.dataset = load_dataset(name, data_root or None) if isinstance(name, str) else name
         self.device = device_of(device)  # may be the workers' of a cluster: whether it is here is asked where work is
         runs = home() / "runs"
-        self.store = Store(results) if results else Store(runs / self.profile.name, others=runs)
+        folder, others = (results, None) if results else (runs / self.profile.name, runs)
+        self.store = Store(folder, others, self.device.type)
 
     # Each stage has two methods: one named by a participle that makes its result where it is missing, and one named by
     # a noun that reads it. Keys are computed without reading any array.
@@ -361,6 +362,7 @@ class Stages:
             "peak_gpu_mb": result.peak_memory // 2**20 or None,
             "recorded_gpu_mb": result.recorded_memory // 2**20,
             "initialised_from": model.initialised_from,
+            "kernels": kernels.available(self.device),
         }
 
     def _augment(self, experiment: Experiment) -> AugmentConfig | None:

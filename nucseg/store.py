@@ -91,14 +91,17 @@ class Store:
         The folder.
     others
         A folder of such folders, where the same result may have been made for another profile; None: nowhere.
+    device
+        ``"cpu"`` if its stages leave a GPU that is there alone: results tell what they were made on.
     deadline
         Seconds since the epoch; after it no stage is begun any more, `get` raises `OutOfTime` instead. A stage in hand
         is finished, unless it asks `check_time` itself.
     """
 
-    def __init__(self, root: str | Path, others: str | Path | None = None):
+    def __init__(self, root: str | Path, others: str | Path | None = None, device: str = ""):
         self.root = Path(root)
         self.others = Path(others) if others is not None else None
+        self.device = device
         self.deadline = math.inf
 
     @contextlib.contextmanager
@@ -166,7 +169,7 @@ class Store:
                     "key": key,
                     "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
                     "seconds": round(time.time() - started, 2),
-                    **environment(),
+                    **environment(self.device),
                     **to_plain(more),
                 }
                 write_text(part / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
@@ -314,13 +317,20 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 @functools.cache
-def environment() -> dict[str, str]:
-    """Return the versions and the hardware that a result was made with."""
+def environment(device: str = "") -> dict[str, str]:
+    """Return the versions and the hardware that a result was made with.
+
+    Parameters
+    ----------
+    device
+        ``"cpu"`` where the work was not given to the GPU, though one may be there.
+    """
     import torch
 
     import nucseg
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
     return {
         "nucseg": nucseg.__version__,
         "python": platform.python_version(),

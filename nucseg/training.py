@@ -163,8 +163,10 @@ def train(
                 candidate.eval()
                 row["val"] = float(validate(candidate))
                 model.train()
-            if validating and (row.get("val", -math.inf) > best_value or best_state is None or validate is None):
-                best_value, best_iteration = row.get("val", -math.inf), iteration
+            value = row.get("val", -math.inf)
+            better = value > best_value or best_state is None or math.isnan(best_value)
+            if last if validate is None else validating and better:
+                best_value, best_iteration = value, iteration
                 best_state = _copy(candidate.state_dict())
             curve.append(row)
             if progress:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+os.environ.setdefault("NUCSEG_QUIET", "1")  # no progress bars
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores; torch reads it when imported
 
 import pytest

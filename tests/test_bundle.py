@@ -380,7 +380,8 @@ def test_unpacked_is_unpacked(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["site", "wheels"]
 
 
-# What an installation of torch, timm, scikit-image, scikit-learn, pandas, matplotlib, typer and pytest has anyway.
+# What an installation of torch, timm, scikit-image, scikit-learn, pandas, matplotlib, typer and pytest has anyway;
+# attrs, requests (with what it needs) and psutil not always: docs/clusters.md asks for them.
 THERE = {
     *("attrs", "certifi", "charset-normalizer", "click", "idna", "jinja2", "markupsafe", "packaging", "psutil"),
     *("pygments", "python-dateutil", "pyyaml", "requests", "six", "tqdm", "typing-extensions", "urllib3"),

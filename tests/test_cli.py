@@ -5,12 +5,14 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 import nucseg as package
 from nucseg import messages
+from nucseg.annotations.sparse import SparseLabels
 from nucseg.cli import _spread, app, main
 from nucseg.commands.options import STRATEGY_HELP, chosen_tables
 from nucseg.config import ConfigError
@@ -112,6 +114,13 @@ def test_a_fault_in_other_peoples_code_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("nucseg.cli.app", broken)
     with pytest.raises(ValueError, match="cannot reshape"):
+        main()
+
+
+def test_a_fault_in_our_own_code_keeps_its_traceback(monkeypatch):
+    three_ids_for_two_pixels = SparseLabels((2, 2), np.arange(2), np.arange(3))
+    monkeypatch.setattr("nucseg.cli.app", three_ids_for_two_pixels.dense)
+    with pytest.raises(ValueError, match=r"mismatch|broadcast"):
         main()
 
 

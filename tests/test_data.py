@@ -17,6 +17,7 @@ from PIL import Image
 from nucseg.annotations import AnnotationWarning, LabelWarning, read_labels
 from nucseg.annotations.errors import DataError
 from nucseg.data import (
+    Dataset,
     ImageError,
     ImageWarning,
     MissingData,
@@ -295,7 +296,6 @@ def test_regions_are_the_same_as_crops(tmp_path):
     _write(tmp_path / "labels" / "a.tif", labels.astype(np.uint16))
     sample = load_dataset(tmp_path).train[0]
     np.testing.assert_array_equal(sample.region(5, 6, 7, 8), RGB[5:12, 6:14])
-    np.testing.assert_array_equal(sample.label_region(5, 6, 7, 8), labels[5:12, 6:14])
     for bad in ((-1, 0, 5, 5), (0, 0, 41, 5), (0, 46, 5, 5), (0, 0, 0, 5)):
         with pytest.raises(ImageError, match="does not lie inside"):
             sample.region(*bad)
@@ -332,9 +332,17 @@ def test_a_folder_without_labels_is_an_unlabelled_training_set(tmp_path):
     dataset = load_dataset(tmp_path)
     assert [sample.id for sample in dataset.train] == ["a", "deep/b"]
     assert dataset.train[0].labels is None
-    assert dataset.train[0].label_region(0, 0, 5, 5) is None
     assert not dataset.val
     assert dataset.describe().loc["total", ["images", "labelled", "nuclei"]].tolist() == [2, 0, 0]
+
+
+def test_experiments_need_labels_of_every_split_that_is_there():
+    labels = np.ones((40, 50), np.int32)
+    good, bare = Sample.from_arrays("a", RGB, labels), Sample.from_arrays("b", RGB)
+    other = Sample.from_arrays("c", RGB, labels)
+    Dataset("d", [good], test=[other]).check_experiments()
+    with pytest.raises(MissingData, match="d: val images without labels: b"):
+        Dataset("d", [good], [bare], [other]).check_experiments()
 
 
 def test_sub_folders_named_train_val_test_are_the_splits(tmp_path):

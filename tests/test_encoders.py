@@ -94,6 +94,11 @@ def test_a_pyramid_has_five_maps_at_strides_2_to_32(name, channels, resnet_file)
     ]
 
 
+def test_a_pyramid_of_other_strides_is_refused_before_its_weights_are_looked_for():
+    with pytest.raises(EncoderError, match=r"convnext_atto: its feature maps have strides \(4, 8, 16, 32\), and"):
+        Pyramid("convnext_atto")
+
+
 def test_a_pyramid_and_an_encoder_hold_the_same_pretrained_weights():
     pyramid, encoder = Pyramid("efficientnet_lite0"), Encoder("efficientnet_lite0")
     shared = set(pyramid.net.state_dict()) & set(encoder.net.state_dict())

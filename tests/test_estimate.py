@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch):
 
 
 def on(monkeypatch, device):
-    monkeypatch.setattr(module, "environment", lambda: {"device": device})
+    monkeypatch.setattr(module, "environment", lambda *_: {"device": device})
 
 
 def line(experiment, seconds, shared=0.0, profile=H100, device=GPU, iterations=0, **model):

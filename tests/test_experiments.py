@@ -61,7 +61,7 @@ def test_equal_experiments_of_several_tables_are_one():
 
 def test_the_grid_keeps_to_the_tables_and_rows_asked_for():
     settings = GridSettings(seeds=(1,), rows={"I": ("cps", "kmeans"), "II": ("*",)})
-    assert [e.selection for e in grid("kumar", settings, tables=["I"])] == ["kmeans", "cps"]
+    assert [e.selection for e in grid("kumar", settings, tables=["I"])] == ["cps", "kmeans"]
     assert len(grid("kumar", settings)) == 7
     assert grid("kumar", settings, tables=["IV"]) == ()
 
@@ -101,6 +101,15 @@ def test_settings_come_from_a_profile_file():
 def test_impossible_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         GridSettings(**values)
+
+
+def test_rows_run_in_the_order_in_which_a_profile_names_them():
+    settings = GridSettings(rows={"III": ("full", "rndcrop-naive"), "I": ("cps-plabel", "*")}, k1={"kumar": 9})
+    assert [row.key for row in settings.chosen("III")] == ["full", "rndcrop-naive"]
+    others = [row.key for row in rows("I") if row.key != "cps-plabel"]
+    assert [row.key for row in settings.chosen("I")] == ["cps-plabel", *others]
+    assert settings.chosen("II") == []
+    assert list(dict.fromkeys(each.selection for each in grid("kumar", settings, ["III"]))) == ["all", "random-crop"]
 
 
 def test_rows_and_experiments_travel_to_other_processes():

@@ -28,6 +28,7 @@ def test_instances_are_bright_and_distinct_on_black():
     assert (colours[1:].max(axis=1) > 0.5).all()
     assert len(np.unique(colours.round(4), axis=0)) == 40
     assert colour_instances(np.zeros((3, 3), np.int32)).max() == 0
+    assert colour_instances(np.array([[0, 2**31 - 1]], np.int32))[0, 1].max() > 0.5  # no table of two billion colours
 
 
 @pytest.mark.parametrize("with_image", [True, False])

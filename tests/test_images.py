@@ -25,6 +25,7 @@ from nucseg.data import (
     read_image,
     read_region,
 )
+from nucseg.data.images import used_bits
 from nucseg.data.tiff_headers import colour_pages
 from nucseg.workflow.base import open_images
 
@@ -392,3 +393,34 @@ def test_images_of_one_magnification_or_without_a_stated_one_give_no_warning(tmp
     check_pixel_sizes(load_dataset(tmp_path).samples)
     check_pixel_sizes([Sample.from_arrays("x", RGB)])
     check_pixel_sizes([])
+
+
+def deep(path: Path, brightest: int, **more) -> None:
+    pixels = np.full((40, 40, 3), 900, np.uint16)
+    pixels[0, 0, 0] = brightest
+    tifffile.imwrite(path, pixels, photometric="rgb", **more)
+
+
+def test_the_bits_that_a_header_states_count_and_not_the_brightest_pixel(tmp_path):
+    tag = (281, "H", 1, 2**14 - 1, True)  # MaxSampleValue
+    for name, brightest, stated in (("plain", 1000, ()), ("stated", 1000, [tag]), ("wrong", 2**14, [tag])):
+        deep(tmp_path / f"{name}.tif", brightest, extratags=stated)
+    read = {}
+    for name, bits in (("plain", 10), ("stated", 14), ("wrong", 16)):
+        with pytest.warns(ImageWarning, match=f"their {bits} significant bits"):
+            read[name] = read_image(tmp_path / f"{name}.tif")[1, 1, 0]
+    assert read == {"plain": 900 >> 2, "stated": 900 >> 6, "wrong": 900 >> 8}
+    deep(tmp_path / "a.ome.tif", 1000, metadata={"axes": "YXS", "SignificantBits": 12})
+    assert used_bits(tmp_path / "a.ome.tif") == 12
+    assert used_bits(tmp_path / "plain.tif") == 10
+
+
+def test_images_whose_guessed_bits_differ_are_named(tmp_path):
+    for name, brightest in (("a", 1000), ("b", 1020), ("c", 1030)):
+        deep(tmp_path / f"{name}.tif", brightest)
+    with pytest.warns(ImageWarning, match=r"darker than others: 2 use 10 \(a, b\); 1 use 12 \(c\)\. If one camera"):
+        open_images(tmp_path)
+    (tmp_path / "c.tif").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_images(tmp_path)

@@ -312,6 +312,12 @@ def test_statistics_of_simple_shapes_are_known():
     assert shape_statistics(np.zeros((5, 5), np.int32))["area"].size == 0
 
 
+def test_the_largest_id_of_eight_bits_touches_no_more_than_others():
+    labels = np.zeros((20, 20), np.uint8)
+    labels[2:5, 2:5], labels[12:15, 12:15] = 255, 7
+    assert touching_share(labels) == touching_share(labels.astype(int)) == 0
+
+
 def test_realism_is_zero_for_equal_masks_and_grows_with_the_difference():
     one = ellipses(1)
     assert set(realism(one, one)) == set(STATISTICS)

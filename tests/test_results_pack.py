@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_results_add import made_up, runs_of
 
 from nucseg.results import ResultsError
 from nucseg.results.add import add
-from nucseg.results.pack import CROP, pack
+from nucseg.results.pack import CROP, PLAIN, pack, slug
 from nucseg.store import Store
 
 SIDE = 600
@@ -136,6 +137,19 @@ def test_the_size_is_kept_by_leaving_pictures_out_and_numbers_never(home, tmp_pa
 
 def test_the_same_results_give_the_same_bytes(home, tmp_path):
     assert pack(tmp_path / "a.zip").path.read_bytes() == pack(tmp_path / "b.zip").path.read_bytes()
+
+
+def test_names_give_different_safe_names_and_plain_ones_stay():
+    names = ["切片一", "切片二", "Schnitt ä", "Schnitt ö", "a b", "a_b", "..", ".", "TCGA-18-5592-01Z"]
+    assert len({slug(name) for name in names}) == len(names)
+    assert slug("TCGA-18-5592-01Z") == "TCGA-18-5592-01Z"
+    assert all(re.fullmatch(PLAIN, slug(name)) for name in names)
+
+
+def test_a_profile_whose_name_would_be_refused_when_added_is_refused_when_packed(home, tmp_path):
+    (home / "tables" / "tiny").rename(home / "tables" / "klein(er)")
+    with pytest.raises(ResultsError, match=r"klein\(er\): the name of a profile .* letters, digits"):
+        pack(tmp_path / "r.zip", numbers_only=True)
 
 
 def test_one_profile_one_dataset_or_numbers_only(home, tmp_path):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nucseg.store import OutOfTime, Result, Store, claimed, code_version, holder, home
+from nucseg.store import OutOfTime, Result, Store, claimed, code_version, environment, holder, home
 
 
 def make_text(text):
@@ -152,6 +152,18 @@ def test_a_result_can_be_read_by_whoever_may_read_the_users_files(tmp_path):
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (made.path, taken.path)] == [0o755, 0o755]
+
+
+def test_what_a_cpu_made_beside_a_gpu_is_not_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
+    environment.cache_clear()
+    devices = [
+        Store(tmp_path / f"at{name}", device=name).get("s", {}, make_text("x")).meta["device"]
+        for name in ("", "cpu", "cuda")
+    ]
+    environment.cache_clear()
+    assert devices == ["some GPU", f"{os.cpu_count()} CPU cores", "some GPU"]
 
 
 def test_home_is_the_checkout_unless_told_otherwise(tmp_path, monkeypatch):

@@ -67,6 +67,11 @@ def test_equal_seeds_give_equal_weights_and_the_global_state_is_left_alone():
     assert not torch.equal(first, other)
 
 
+def test_a_validation_value_that_is_no_number_is_never_the_best_for_long():
+    values = iter([float("nan"), 0.5, float("nan")])
+    assert train(Dot(), make_pairs(), SHORT, validate=lambda model: next(values)).best_iteration == 20
+
+
 def test_the_best_state_is_that_of_the_highest_validation_value():
     values, weights = iter([0.1, 0.9, 0.3]), []
 

@@ -220,6 +220,11 @@ case "${1:-}" in
       echo "The wheels here are for Python $wheels_python, this is $has: make the bundle again with --python $has" >&2
       exit 1
     fi
+    if ! missing=$("$python" -c 'import ipykernel.kernelapp, nbconvert, papermill' 2>&1); then
+      echo "Notebooks need a package that neither this Python nor wheels/ has: ${missing##*$'\n'}" >&2
+      echo "Install it here, or make the bundle again with --wheel NAME for each (and for those that it has now)" >&2
+      exit 1
+    fi
     if ((${#here} > 70)); then
       echo "Kernels need a short path: move this folder to one of at most 70 characters, or name it by a link" >&2
       exit 1

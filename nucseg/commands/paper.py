@@ -202,5 +202,4 @@ def _require_data(dataset: str, root: str) -> None:
     """Say that data are missing before the first kernel starts."""
     from nucseg.data import load_dataset
 
-    found = load_dataset(dataset, root or None)
-    found.require("train", "test")
+    load_dataset(dataset, root or None).check_experiments()

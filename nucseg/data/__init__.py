@@ -12,6 +12,7 @@ from pathlib import Path
 from nucseg.annotations.errors import DataError
 from nucseg.config import nearest
 from nucseg.data.dataset import Dataset, MissingData, Sample
+from nucseg.data.depths import check_depths
 from nucseg.data.folder import load as load_folder
 from nucseg.data.images import ImageError, ImageWarning, pixel_size, read_image, read_region
 from nucseg.data.pixel_sizes import check_pixel_sizes
@@ -28,6 +29,7 @@ __all__ = [
     "MissingData",
     "Patch",
     "Sample",
+    "check_depths",
     "check_pixel_sizes",
     "data_root",
     "load_dataset",

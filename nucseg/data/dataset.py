@@ -14,7 +14,7 @@ from nucseg.annotations.errors import DataError
 from nucseg.config import nearest
 from nucseg.data.images import ImageError, check_region
 from nucseg.data.sources import CACHE, ArraySource, Source
-from nucseg.labels import check_label_map
+from nucseg.labels import check_label_map, relabel
 
 SPLITS = ("train", "val", "test")
 WHOLE_IMAGE_PIXELS = 16_000_000  # regions of larger images are read from the file, smaller images are decoded whole
@@ -87,11 +87,6 @@ class Sample:
         if self.source.by_region and shape[0] * shape[1] > WHOLE_IMAGE_PIXELS:
             return self.source.region(row, col, height, width)
         return self._cached_image()[row : row + height, col : col + width].copy()
-
-    def label_region(self, row: int, col: int, height: int, width: int) -> np.ndarray | None:
-        """Cut one rectangle of the label map, (height, width) int32, ids as in the whole map; None if unlabelled."""
-        check_region(self.id, self.shape, row, col, height, width)
-        return None if not self.labelled else self._cached_labels()[row : row + height, col : col + width].copy()
 
     def content_digest(self) -> bytes:
         """SHA-256 over what `Source.content` gives, computed once per process."""
@@ -172,6 +167,10 @@ class Dataset:
         """Raise what `measurable` raises if an experiment could not use one of these splits."""
         for split in splits:
             self.measurable(split)
+
+    def check_experiments(self) -> None:
+        """Raise what `measurable` raises if experiments could not train, validate (where there is a split) and test."""
+        self.require("train", "test", *(["val"] if self.val else []))
 
     def measurable(self, split: str) -> Sequence[Sample]:
         """Return the ``"train"``, ``"val"`` or ``"test"`` images, all with labels: what an experiment needs.
@@ -264,8 +263,7 @@ def _content_digest(source: Source, stamp: tuple) -> bytes:
 def _count(source: Source, stamp: tuple) -> tuple[int, int, int]:
     """Nuclei, pixels inside nuclei and all pixels of a labelled source; decoded once per process."""
     labels = CACHE.get(("labels", source, stamp), source.labels)
-    sizes = np.bincount(labels.ravel())
-    return int(np.count_nonzero(sizes[1:])), int(labels.size - sizes[0]), int(labels.size)
+    return int(relabel(labels).max(initial=0)), int(np.count_nonzero(labels)), int(labels.size)
 
 
 def count_nuclei(sample: Sample) -> int:

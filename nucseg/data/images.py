@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from nucseg.annotations.errors import DataError
-from nucseg.data.tiff_headers import MICROMETRES, colour_pages, plausible, stated_pixel_size
+from nucseg.data.tiff_headers import MICROMETRES, colour_pages, plausible, stated_bits, stated_pixel_size
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".svs", ".ndpi", ".scn", ".mrxs")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs")  # only tiffslide or openslide opens all of these
@@ -94,11 +94,29 @@ def reads_regions(path: str | Path) -> bool:
     return Path(path).suffix.lower() in TIFF_SUFFIXES + SLIDE_SUFFIXES
 
 
+def used_bits(path: str | Path) -> int | None:
+    """How many bits of a TIFF's deep pixels are used: as its header states, else the fewest that hold the brightest.
+
+    None for pixels of 8 bits and for other kinds of files. Where nothing is stated, all pixels are decoded.
+    """
+    path = Path(path)
+    _check_file(path)
+    return _used_bits(path, file_stamp(path)) if path.suffix.lower() in TIFF_SUFFIXES else None
+
+
 @functools.lru_cache(maxsize=4096)
-def _brightest(path: Path, stamp: tuple[int, int]) -> int:
+def _used_bits(path: Path, stamp: tuple[int, int]) -> int | None:
     with _open_tiff(path) as tiff:
         pages = [tiff.pages[number] for number in _colour_pages(path, stamp)[0]]
-        return max(int(_samples(_pixels(page), page).max()) for page in pages)
+        if pages[0].dtype is None or pages[0].dtype.kind not in "iu" or pages[0].dtype.itemsize == 1:
+            return None
+        if stated := stated_bits(tiff):
+            return stated
+        try:
+            top = max(int(_samples(_pixels(page), page).max(initial=0)) for page in pages)
+        except Exception as error:
+            raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
+        return _fewest_bits(top) or top.bit_length()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,9 +191,9 @@ def read_region(path: str | Path, row: int, col: int, height: int, width: int) -
         with _open_tiff(path) as tiff:
             pages = _pages(tiff, path)
             # a region of deep pixels must be reduced like the whole image, not by its own brightest pixel
-            brightest = _brightest(path, file_stamp(path)) if pages[0].dtype.itemsize > 1 else None
             parts = [_tiff_region(page, row, col, height, width) for page in pages]
-            return _to_rgb(_stacked(parts), path, pages[0], brightest)
+            bits = _used_bits(path, file_stamp(path)) if pages[0].dtype.itemsize > 1 else None
+            return _to_rgb(_stacked(parts), path, pages[0], bits)
     return read_image(path)[row : row + height, col : col + width].copy()
 
 
@@ -261,7 +279,7 @@ def _read_tiff(path: Path) -> np.ndarray:
             data = _stacked([_pixels(page) for page in pages])
         except Exception as error:  # tifffile and imagecodecs raise many kinds; all of them mean the same to a user
             raise ImageError(f"{path}: damaged or truncated ({error}); copy or export it again") from error
-        return _to_rgb(data, path, pages[0])
+        return _to_rgb(data, path, pages[0], stated_bits(tiff) if data.dtype.itemsize > 1 else None)
 
 
 def _pages(tiff, path: Path) -> list:
@@ -337,7 +355,7 @@ def _open_slide(path: Path):
         raise ImageError(f"{path}: {name} cannot open this slide ({error})") from error
 
 
-def _to_rgb(data: np.ndarray, path: Path, page=None, brightest: int | None = None) -> np.ndarray:
+def _to_rgb(data: np.ndarray, path: Path, page=None, bits: int | None = None) -> np.ndarray:
     """Turn decoded values of any common kind into (H, W, 3) uint8, with a warning where it matters."""
     if page is not None and page.photometric == TIFF_CMYK:
         raise ImageError(f"{path}: CMYK colours; convert it to 8-bit RGB with the profile it was printed for")
@@ -355,7 +373,7 @@ def _to_rgb(data: np.ndarray, path: Path, page=None, brightest: int | None = Non
         opaque = data[..., 1:] >> 8 * (data.dtype.itemsize - 1)
         return _on_white(np.concatenate([colours, opaque], axis=2).astype(np.uint8))
     if data.dtype != np.uint8:
-        data = _to_8_bit(data, path, brightest)
+        data = _to_8_bit(data, path, bits)
     if page is not None and page.photometric == TIFF_WHITE_IS_ZERO:
         colours, opaque = np.split(data, [1 if few else 3], axis=2)
         data = np.concatenate([255 - colours, opaque], axis=2)
@@ -382,13 +400,17 @@ def _on_white(data: np.ndarray) -> np.ndarray:
     return ((data[..., :3] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
 
 
-def _to_8_bit(data: np.ndarray, path: Path, brightest: int | None) -> np.ndarray:
-    top = int(data.max(initial=0)) if brightest is None else brightest
+def _fewest_bits(top: int) -> int | None:
+    """Guess how many bits are used: scanners store 10, 12, 14 or 16, so the fewest that hold `top`; None for more."""
+    return next((bits for bits in (8, 10, 12, 14, 16) if top < 2**bits), None)
+
+
+def _to_8_bit(data: np.ndarray, path: Path, bits: int | None) -> np.ndarray:
+    top = int(data.max(initial=0))
     if data.dtype.kind == "i" and int(data.min(initial=0)) < 0:
         raise ImageError(f"{path}: negative pixel values ({data.dtype}); save it as 8-bit RGB")
-    # scanners store 10, 12, 14 or 16 significant bits in 16: take the fewest that hold the brightest pixel
-    bits = next((b for b in (8, 10, 12, 14, 16) if top < 2**b), None)
-    if bits is None:
+    bits = _fewest_bits(top) if bits is None or top >= 2**bits else bits  # a header may be wrong
+    if bits is None or bits > 16:
         raise ImageError(f"{path}: pixel values up to {top}; is it a label map? Save images as 8-bit RGB")
     _warn(path, f"has {data.dtype.itemsize * 8}-bit pixels; their {bits} significant bits were reduced to 8")
     return (data >> (bits - 8)).astype(np.uint8)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 COLOURS = ("red", "green", "blue")
 # words in channels' names that tell nothing: "Channel 1", "C:2/3", "RGB red", "TL Brightfield"
 WORDLESS = {
@@ -85,6 +87,16 @@ def colour_pages(tiff) -> tuple[tuple[int, ...], str]:
 def stated_pixel_size(tiff) -> float | None:
     """Return the side of a pixel in micrometres that the header of an open `tifffile.TiffFile` states, or None."""
     return next(filter(None, map(plausible, _stated(tiff))), None)
+
+
+def stated_bits(tiff) -> int | None:
+    """Return how many bits of a deep pixel are used, as OME or a tag of an open `tifffile.TiffFile` states, or None."""
+    pixels = _ome_pixels(tiff)
+    bits = int(_number(pixels.get("SignificantBits"))) if pixels is not None else 0
+    if not bits:
+        largest = tiff.pages[0].tags.valueof("MaxSampleValue") or 0
+        bits = int(np.max(largest)).bit_length()
+    return bits if 8 <= bits <= 16 else None
 
 
 def plausible(size: float) -> float | None:

@@ -14,18 +14,19 @@ from nucseg.masks import STATISTICS, SynthesisSteps, realism
 
 _NEW = "#ffffff"  # e_q, wherever it is shown
 _DISC = "#e03c31"  # its centre and its disc of radius R_q
+_COLOURS = ("black", "#4477aa", "#ee7733", "#228833", "#aa3377")  # of kinds of masks, the real ones first
 
 
 def colour_instances(labels: np.ndarray) -> np.ndarray:
     """Paint each nucleus in its own bright colour on black; (H, W, 3) float in 0..1, the same id always the same."""
     check_label_map(labels)
-    ids = np.arange(int(labels.max(initial=0)) + 1)
+    ids, place = np.unique(labels, return_inverse=True)
     hue = (ids * 0.61803398875) % 1  # golden-ratio steps: neighbouring ids get distant hues
     phase = np.abs((hue[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
     value = np.where(ids % 2, 0.95, 0.75)[:, None]
     colours = value * (1 - 0.65 * (1 - np.clip(phase, 0, 1)))
-    colours[0] = 0
-    return colours[labels]
+    colours[ids == 0] = 0
+    return colours[place.reshape(labels.shape)]
 
 
 def figure4(
@@ -109,7 +110,7 @@ def figure_realism(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     figure = Figure(figsize=(11, 2.9), layout="constrained")
     real, *others = kinds
     for axis, name in zip(figure.subplots(1, len(STATISTICS), sharey=True), STATISTICS, strict=True):
-        for kind, colour in zip(kinds, ("black", "#4477aa", "#ee7733"), strict=False):
+        for kind, colour in zip(kinds, _COLOURS[: len(kinds)], strict=True):
             if (values := kinds[kind][name]).size:
                 axis.ecdf(values, color=colour, linewidth=1.6 if kind == real else 1.1, label=kind)
         far = [f"{kind} {distance:{'.0f' if distance >= 10 else '.2g'}}" for kind in others

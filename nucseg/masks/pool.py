@@ -172,7 +172,7 @@ def touching_share(labels: np.ndarray, gap: int = 0) -> float:
 
     With `gap` above 0: that have another one with at most so many background pixels (rows or columns) in between.
     """
-    check_label_map(labels)
+    labels = relabel(labels)
     far, window = int(labels.max(initial=0)) + 1, 3 + 2 * gap
     high = ndimage.maximum_filter(labels, window)
     low = ndimage.minimum_filter(np.where(labels == 0, far, labels), window)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, nms, roi_align
 
 from nucseg.encoders import Pyramid
+from nucseg.inference import check_image
 from nucseg.labels import IGNORE
 from nucseg.models.base import Instances, Segmenter, origin
 from nucseg.models.boxes import (
@@ -360,8 +361,7 @@ class MaskRCNN(Segmenter):
         Instances
             Ids 1..n in falling order of score.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        check_image(image)
         config, device = self.config, next(self.parameters()).device
         training = self.training
         self.eval()

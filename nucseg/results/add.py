@@ -34,17 +34,11 @@ from nucseg.results import (
     read_runs,
 )
 from nucseg.results.file import add_results
-from nucseg.results.pack import EXPERIMENT_KEY, MB, slug
+from nucseg.results.pack import EXPERIMENT_KEY, MB, MEMBER, PLAIN, slug
 from nucseg.results.settings import differences
 from nucseg.store import home, published
 
 LARGEST = 200 * MB  # unpacked; more than any file of ours, less than what would fill a disk
-_PLAIN = r"[\w][\w .+=-]*"  # no separator, no leading dot
-_MEMBER = re.compile(
-    rf"{_PLAIN}/(results\.csv|runs\.csv|failed/{_PLAIN}\.json|stages/{_PLAIN}/{_PLAIN}\.json"
-    rf"|examples/{_PLAIN}/{_PLAIN}/{_PLAIN}\.png)",
-    re.ASCII,
-)
 
 
 @dataclass(frozen=True)
@@ -157,7 +151,7 @@ def _members(path: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(path) as zipped:
             for about in zipped.infolist():
                 kind = stat.S_IFMT(about.external_attr >> 16)
-                if not _MEMBER.fullmatch(about.filename) or about.filename in members or kind not in (0, stat.S_IFREG):
+                if not MEMBER.fullmatch(about.filename) or about.filename in members or kind not in (0, stat.S_IFREG):
                     raise ResultsError(f"{path}: not a file of 'nucseg results pack': it holds {about.filename!r}")
                 members[about.filename] = b""
             if sum(about.file_size for about in zipped.infolist()) > LARGEST:
@@ -199,7 +193,7 @@ def _tables(path: Path, results: bytes | None, runs: bytes | None) -> tuple[pd.D
 
 
 def _incoming(path: Path, profile: str, results: pd.DataFrame, runs: pd.DataFrame, more: dict[str, bytes]) -> Incoming:
-    if not re.fullmatch(_PLAIN, profile, re.ASCII) or set(results["profile"]) - {profile}:
+    if not re.fullmatch(PLAIN, profile) or set(results["profile"]) - {profile}:
         raise ResultsError(f"{path}: results of profile(s) {', '.join(sorted(set(results['profile'])))} as {profile!r}")
     if lost := sorted(set(results["run_id"]) - set(runs["run_id"])):
         raise ResultsError(f"{path}: runs.csv does not describe run {lost[0]} of results.csv")

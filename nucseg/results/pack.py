@@ -8,6 +8,7 @@ truth. No image travels whole.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -28,6 +29,13 @@ from nucseg.results import KEY, ResultsError, empty_results, read_results, read_
 from nucseg.store import Store, home, published
 
 MB = 1_000_000
+PLAIN = (
+    r"(?a:\w[\w .+=-]*)"  # no separator, no leading dot; letters of ASCII alone, as zip programs differ about others
+)
+MEMBER = re.compile(
+    rf"{PLAIN}/(results\.csv|runs\.csv|failed/{PLAIN}\.json|stages/{PLAIN}/{PLAIN}\.json"
+    rf"|examples/{PLAIN}/{PLAIN}/{PLAIN}\.png)"
+)
 CROP = 256  # side of what is shown of an image, in pixels
 EXPERIMENT_KEY = [name for name in KEY if name not in ("round", "image_id")]
 
@@ -214,11 +222,18 @@ def _png(array: np.ndarray) -> bytes:
 
 
 def slug(name: str) -> str:
-    """Return a name that is safe as part of a path."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).lstrip(".-") or "_"
+    """Return a name that is safe as part of a path; two names never give the same."""
+    safe = re.sub(r"[^A-Za-z0-9.-]+", "_", name).lstrip(".-") or "_"
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def _put(zipped: zipfile.ZipFile, member: str, content: bytes) -> None:
+    if not MEMBER.fullmatch(member):
+        profile = member.partition("/")[0]
+        raise ResultsError(
+            f"{profile}: the name of a profile whose results are packed holds letters, digits, spaces and . + = - _ "
+            "alone; rename its file and its folders in tables/ and runs/"
+        )
     # One time for all, and the permissions of an ordinary file: the same results give the same file.
     about = zipfile.ZipInfo(member, (2000, 1, 1, 0, 0, 0))
     about.external_attr, about.compress_type = (stat.S_IFREG | 0o644) << 16, zipfile.ZIP_DEFLATED

@@ -76,6 +76,11 @@ def spent_minutes(runs: pd.DataFrame | None) -> float:
     return (runs["seconds"].sum() + sum(shared.values())) / 60
 
 
+def this_machine(device: str = "") -> str:
+    """Return the kind of machine that work runs on here: its GPU's name, or ``"CPU"`` without one or for ``"cpu"``."""
+    return _machine(environment(device)["device"])
+
+
 def estimate(to_go: ToGo, profile: Profile, machine: str = "") -> Estimate:
     """Estimate the time of what is to go from this profile's ``runs.csv``.
 
@@ -87,16 +92,16 @@ def estimate(to_go: ToGo, profile: Profile, machine: str = "") -> Estimate:
     machine
         A GPU's name, or ``"CPU"``: only what was measured on such a machine counts. One like this when empty.
     """
-    known = _known(profile, machine or _machine(environment()["device"]))
+    known = _known(profile, machine or this_machine())
     wanted = [_training_kind(e, taught) for e, taught in to_go.trainings] + [_shared_kind(e) for e in to_go.shared]
     used = [known[kind] for kind in wanted if kind in known]
     unknown = tuple(dict.fromkeys(kind for kind in wanted if kind not in known))
     return Estimate(sum(s for s, _ in used), unknown, ", ".join(dict.fromkeys(name for _, name in used)))
 
 
-def other_machines(profile: Profile) -> list[str]:
-    """Name the kinds of machine, other than this one's, on which runs of a profile were measured."""
-    return sorted({line.machine for line in _lines(_runs_of(profile.name))} - {_machine(environment()["device"])})
+def other_machines(profile: Profile, machine: str = "") -> list[str]:
+    """Name the kinds of machine, other than one (this one when empty), on which runs of a profile were measured."""
+    return sorted({line.machine for line in _lines(_runs_of(profile.name))} - {machine or this_machine()})
 
 
 def _known(profile: Profile, machine: str) -> dict[str, tuple[float, str]]:

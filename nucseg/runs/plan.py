@@ -30,7 +30,7 @@ from nucseg.progress import task
 from nucseg.results import EXPERIMENT, read_results, read_runs
 from nucseg.results.settings import changed, experiment_of
 from nucseg.runs import backends
-from nucseg.runs.estimate import Estimate, ToGo, estimate, other_machines, shared_key, spent_minutes
+from nucseg.runs.estimate import Estimate, ToGo, estimate, other_machines, shared_key, spent_minutes, this_machine
 from nucseg.runs.running import Ticket, failure_file, probe, run_one, running_file, work_on
 from nucseg.store import OutOfTime, holder, home, published
 
@@ -124,7 +124,7 @@ class Plan:
             If training or test images, or their labels, are not at hand: before the first minute is spent.
         """
         backends.check(backend, address, jobs)
-        self.pipeline.dataset.require("train", "test")
+        self.pipeline.dataset.check_experiments()
         stop = time.time() + 60 * minutes if minutes else math.inf
         wanted = {"missing", *["failed"] * retry, *["done"] * again}
         todo = [e for e, state in self.states().items() if state in wanted]
@@ -195,7 +195,7 @@ class Plan:
 
     def estimate(self) -> Estimate:
         """Return how long what is to go will take, from measured seconds only."""
-        return estimate(self.to_go(), self.pipeline.profile)
+        return estimate(self.to_go(), self.pipeline.profile, this_machine(self.pipeline.device.type))
 
     def describe(self) -> str:
         """Return one line per experiment with its state, and lines that sum up."""
@@ -223,9 +223,9 @@ class Plan:
 
     def _estimates(self) -> list[str]:
         """Say how long it will take, by the runs of other machines where none like this has made any."""
-        to_go, profile = self.to_go(), self.pipeline.profile
-        here = estimate(to_go, profile)
-        others = [] if here.seconds else other_machines(profile)
+        to_go, profile, machine = self.to_go(), self.pipeline.profile, this_machine(self.pipeline.device.type)
+        here = estimate(to_go, profile, machine)
+        others = [] if here.seconds else other_machines(profile, machine)
         return [str(here), *(f"  on {name}: {estimate(to_go, profile, name)}" for name in others)]
 
     def _is_ours(self, config: str) -> bool:

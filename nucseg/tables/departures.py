@@ -7,32 +7,22 @@ from typing import Any
 
 import pandas as pd
 
+from nucseg.profiles import load_profile
 from nucseg.results.settings import settings_of
 
-PYRAMID = {
-    "scales": 5,
-    "min_size": None,
-    "channels": 32,
-    "steps": 2000,
-    "masks_per_step": 4,
-    "crop": None,
-    "d_steps": 3,
-    "lr": 5e-4,
-    "alpha": 10.0,
-    "penalty_every": 1,
-    "coarse_noise": 1.0,
-    "reconstruction_noise": 0.0,
-}
-TRANSLATION = {"epochs": 100, "decay_epochs": 100, "channels": 64, "critic_channels": 64}
-# Profile `paper`: what the paper prints or, where it is silent, its released code or a rival's authors have, but for
-# CSinGAN's steps (in the code 25,000 of one mask). These are the defaults of `nucseg.gan`, which needs torch and so is
-# not asked here.
-PRINTED = {
-    "csingan": ("CSinGAN", PYRAMID),
-    "csingan-no-cwd": ("CSinGAN without component-wise critics", PYRAMID),
-    "singan": ("SinGAN", PYRAMID | {"scales": 10, "min_size": 25, "masks_per_step": 1, "g_steps": 3}),
-    "pix2pix": ("pix2pix", TRANSLATION | {"depth": 8}),
-    "cyclegan": ("cycleGAN", TRANSLATION | {"blocks": 9}),
+_PYRAMID = (
+    *("scales", "min_size", "channels", "steps", "masks_per_step", "crop", "d_steps", "g_steps", "lr", "alpha"),
+    *("penalty_every", "coarse_noise", "reconstruction_noise"),
+)
+_TRANSLATION = ("epochs", "decay_epochs", "channels", "critic_channels")
+# The settings that are compared with those of profile `paper`: what the paper prints or, where it is silent, its
+# released code or a rival's authors have, but for CSinGAN's steps (in the code 25,000 of one mask).
+COMPARED = {
+    "csingan": ("CSinGAN", _PYRAMID),
+    "csingan-no-cwd": ("CSinGAN without component-wise critics", _PYRAMID),
+    "singan": ("SinGAN", _PYRAMID),
+    "pix2pix": ("pix2pix", (*_TRANSLATION, "depth")),
+    "cyclegan": ("cycleGAN", (*_TRANSLATION, "blocks")),
 }
 WHOLE = {"min_size": "half a patch", "crop": "the whole patch"}  # what None means
 
@@ -52,7 +42,7 @@ def departures(used: pd.DataFrame, runs: pd.DataFrame | None) -> list[str]:
     settings = [settings_of(config) for config in runs.loc[runs["run_id"].isin(set(used["run_id"])), "config"]]
     known = {name: {each[name] for each in settings if name in each} for each in settings for name in each}
     value = {name: json.loads(next(iter(values))) for name, values in known.items() if len(values) == 1}
-    painters = [name for name in PRINTED if name in set(used["augmentation"])]
+    painters = [name for name in COMPARED if name in set(used["augmentation"])]
     return _augmentation(value) + _mixture(value, used, painters) + _synthesis(value, painters, set(known) - set(value))
 
 
@@ -83,13 +73,14 @@ def _synthesis(value: dict[str, Any], painters: list[str], several: set[str]) ->
     Settings with `several` values are not compared: another note tells them.
     """
     said: dict[str, list[str]] = {}
-    unknown = []
+    unknown, paper = [], load_profile("paper")
     for painter in painters:
-        label, printed = PRINTED[painter]
+        label, names = COMPARED[painter]
         own = {name.rpartition(".")[2]: one for name, one in value.items() if name.startswith(f"synthesis.{painter}.")}
         if not own:
             unknown.append(label)
             continue
+        printed = {name: getattr(paper.synthesiser(painter), name) for name in names}
         others = [
             f"{name} {_shown(own.get(name), name)} ({_shown(default, name)})"
             for name, default in printed.items()

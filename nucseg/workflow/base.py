@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nucseg.data import NAMES, DataError, Dataset, Sample, check_pixel_sizes, load_dataset, load_folder
+from nucseg.data import NAMES, DataError, Dataset, Sample, check_depths, check_pixel_sizes, load_dataset, load_folder
 from nucseg.data.folder import IMAGE_FOLDERS
 from nucseg.devices import pick_device
 from nucseg.patches import Patch
@@ -41,6 +41,7 @@ def open_images(place: str | Path) -> Dataset:
     if path.is_dir():
         dataset = load_folder(path)
         check_pixel_sizes(dataset.samples)
+        check_depths(dataset.samples)
         return dataset
     if str(place) not in NAMES:
         kind = "is a file: name the folder that holds it" if path.is_file() else "no such folder"
