@@ -4,7 +4,7 @@
 # make readme      the tables in README.md, docs/runs.md and docs/results.md, from tables/*/results.csv
 # make gpu         with a CUDA device, 10 minutes: the tests marked gpu, then rates beside their peers, into OUT=FOLDER;
 #                  without a network: tests/bench/gpu.sh, which says how
-# make lint        ruff over modules, tests and notebooks
+# make lint        ruff over modules, tests and notebooks; the CI runs it too
 # Each first makes its own virtual environment in .venv and installs nucseg there.
 
 PYTHON ?= python3

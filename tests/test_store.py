@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from nucseg.store import OutOfTime, Result, Store, claimed, code_version, environment, holder, home
+from nucseg.code_version import code_version
+from nucseg.store import OutOfTime, Result, Store, claimed, environment, holder, home
 
 
 def make_text(text):

@@ -28,9 +28,9 @@ import nucseg
 from nucseg import models, profiles
 from nucseg.bundle import wheels as wheel_files
 from nucseg.bundle.parts import BundleError, pack_data, pack_notebooks, pack_package, pack_weights, portable, write
+from nucseg.code_version import code_version
 from nucseg.data import Dataset, load_dataset
 from nucseg.results.pack import NothingToPack, pack
-from nucseg.store import code_version
 
 PARTS = ("package", "notebooks", "data", "weights", "wheels", "results", "start")
 OWN = (

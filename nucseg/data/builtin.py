@@ -6,12 +6,14 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import numpy as np
 
+from nucseg.code_version import code_version
 from nucseg.data.dataset import SPLITS, Dataset, Sample
 from nucseg.data.tissue import SYNTHETIC_NOTE, Tissue, TissueSpec, generate_tissue, splits
+
+GENERATOR = ("nucseg.data.tissue", "nucseg.data.tissue_drawing")  # the modules whose code makes the pixels
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,12 @@ class TissueSource:
 
     def content(self) -> bytes:
         """Digest of what determines the pixels; drawing all of them for it would take seconds in every process."""
-        return hashlib.sha256(repr(self.spec).encode() + _generator_code()).digest()
+        return hashlib.sha256(repr(self.spec).encode() + code_version(*GENERATOR).encode()).digest()
 
 
 @functools.lru_cache(maxsize=64)
 def _generate(spec: TissueSpec) -> Tissue:
     return generate_tissue(spec.kind, spec.shape, spec.seed)
-
-
-@functools.cache
-def _generator_code() -> bytes:
-    home = resources.files("nucseg.data")
-    parts = sorted((part for part in home.iterdir() if part.name.startswith("tissue")), key=lambda part: part.name)
-    return b"".join(part.read_bytes() for part in parts if part.name.endswith(".py"))
 
 
 def _recognise(samples: Sequence[Sample]) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nucseg import models
 from nucseg.augment import AugmentConfig
 from nucseg.checkpoints import Checkpoint
+from nucseg.code_version import code_version
 from nucseg.config import from_mapping, to_plain
 from nucseg.data import Dataset, Sample
 from nucseg.data.folder import training_sets
@@ -30,7 +31,6 @@ from nucseg.profiles import Profile
 from nucseg.progress import task
 from nucseg.selection.content import shows_tissue
 from nucseg.stages import MODEL_CODE
-from nucseg.store import code_version
 from nucseg.training import TrainingConfig, TrainingResult, train
 from nucseg.workflow.base import (
     MODEL_FILE,
