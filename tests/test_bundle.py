@@ -137,6 +137,19 @@ def test_notebooks_are_refused_with_a_reason_where_the_wheels_are_for_another_py
     assert f"--python {sys.version_info.major}.{sys.version_info.minor}" in done.stderr
 
 
+def test_notebooks_are_refused_with_the_package_that_they_lack_before_anything_runs(bundle, tmp_path):
+    shutil.copytree(bundle.folder, tmp_path / "b")
+    here = f"wheels_python={sys.version_info.major}.{sys.version_info.minor}"
+    start = (tmp_path / "b" / "start.sh").read_text().replace("wheels_python=3.12", here)
+    (tmp_path / "b" / "start.sh").write_text(start)
+    (tmp_path / "b" / "papermill.py").write_text("import no_such_package\n")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
+    command = ["bash", str(tmp_path / "b" / "start.sh"), "notebooks"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "neither this Python nor wheels/ has: ModuleNotFoundError: No module named 'no_such_package'" in done.stderr
+
+
 def all_done(said):
     """Whether `nucseg run` ended with everything done."""
     found = {state: int(count) for count, state in re.findall(r"(\d+) (done|running|failed|missing)", said)}
