@@ -626,7 +626,7 @@ def test_patches_that_show_the_same_tissue_are_told(slides, tmp_path, monkeypatc
 def test_notes_on_a_selection_are_in_plain_words():
     notes = {
         "candidates='with-largest' would choose 3 of 9 otherwise": [
-            "3 of 9 are close calls: a rule hardly different takes others"
+            "3 of 9 have a nearly equal substitute, which a slightly different rule would take; nothing to do"
         ],
         "delta = 0.123456, 92.1% of the graph covered": ["92.1% of the windows look like one of these"],
         "exclusion waived for 2 of 9 picks": ["2 of 9 overlap others: there is nothing else of their kind"],

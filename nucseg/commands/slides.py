@@ -82,7 +82,7 @@ def import_annotations(
 
     table = workflow.import_annotations(selection, outlines, out, partial, empty, images)
     typer.echo(table[["rank", "file", "nuclei"]].to_string(index=False))
-    typer.echo(f"{table['nuclei'].sum()} nuclei. Then: nucseg train {out} --out MODEL")
+    typer.echo(f"{table['nuclei'].sum()} nuclei. Then: nucseg train {out} --out MODEL --unlabelled SLIDES")
 
 
 @app.command()
