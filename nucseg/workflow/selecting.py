@@ -41,7 +41,9 @@ MANY = 1_000_000  # patches whose comparison takes hours on a CPU, and 5 kB of m
 MUCH = 0.5  # of a patch's area in another
 # What the strategies say in the method's terms, and what it means to whoever outlines; nothing where it means nothing.
 PLAIN = {
-    r"^candidates=.* would choose (\d+ of \d+) otherwise$": r"\1 have a nearly equal substitute, which a slightly different rule would take; nothing to do",
+    r"^candidates=.* would choose (\d+ of \d+) otherwise$": (
+        r"\1 have a nearly equal substitute, which a slightly different rule would take; nothing to do"
+    ),
     r"^delta = .*, (\S+) of the graph covered$": r"\1 of the windows look like one of these",
     r"^exclusion waived for (\d+ of \d+) picks$": r"\1 overlap others: there is nothing else of their kind",
     r"^0 windows with less than \S+ tissue left out(; |$)": "",
