@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -98,7 +99,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
-    raise ConfigError(f"{where}: expected {_name(hint)}, got {type(value).__name__} {value!r}")
+    hint_for_yaml = " (YAML reads it as text: write 0.001 or 1.0e-3)" if hint is float and _is_number(value) else ""
+    raise ConfigError(f"{where}: expected {_name(hint)}, got {type(value).__name__} {value!r}{hint_for_yaml}")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _name(hint: Any) -> str:

@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from nucseg.config import check_name
 from nucseg.paper import TABLES, Row, rows
 
+RANDOM_STRATEGIES = (
+    "random-crop",
+    "random-centre-crop",
+)  # look at no image, and have seeds of their own
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -115,6 +120,8 @@ class GridSettings:
             seeds = getattr(self, name)
             if not seeds or len(set(seeds)) < len(seeds):
                 raise ValueError(f"{name}: expected at least one seed and none twice, got {seeds}")
+            if min(seeds) < 0:
+                raise ValueError(f"{name}: expected seeds of at least 0, got {seeds}")
         if self.substitutes:
             from nucseg.models import REGISTRY  # loads torch, which a reader of results does without
 
@@ -161,11 +168,14 @@ def experiments_of(row: Row, dataset: str, settings: GridSettings) -> tuple[Expe
         k1 = k2 = 0
     else:
         if dataset not in settings.k1:
-            raise ValueError(f"k1: no K1 for dataset {dataset!r}, only for {', '.join(sorted(settings.k1))}; add one")
+            raise ValueError(
+                f"k1: no K1 for dataset {dataset!r}, only for {', '.join(sorted(settings.k1))}; "
+                f"add `grid: {{k1: {{{dataset}: 9}}}}` to the profile"
+            )
         k1 = max(1, int(settings.k1[dataset] * settings.k1_grid[spec.k1_step] + 0.5))
         k2 = settings.k2 if spec.k2 is None else spec.k2
     rounds = settings.rounds if spec.plabel else 0
-    seeds = settings.random_seeds if spec.selection.startswith("random") else settings.seeds
+    seeds = settings.random_seeds if spec.selection in RANDOM_STRATEGIES else settings.seeds
     segmenter = settings.segmenter(row)
     return tuple(
         Experiment(dataset, spec.selection, k1, k2, spec.augmentation, segmenter, rounds, seed) for seed in seeds

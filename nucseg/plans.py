@@ -98,7 +98,10 @@ def training_images(dataset: str) -> int:
 def own_k1(dataset: str, settings: GridSettings) -> int:
     """Return the dataset's own K1, or raise a ValueError that says what to add."""
     if dataset not in settings.k1:
-        raise ValueError(f"k1: no K1 for dataset {dataset!r}, only for {', '.join(sorted(settings.k1))}; add one")
+        raise ValueError(
+            f"k1: no K1 for dataset {dataset!r}, only for {', '.join(sorted(settings.k1))}; "
+            f"add `grid: {{k1: {{{dataset}: 9}}}}` to the profile"
+        )
     return settings.k1[dataset]
 
 

@@ -27,7 +27,7 @@ from nucseg.config import to_plain
 from nucseg.data import Dataset, load_dataset
 from nucseg.devices import device_of
 from nucseg.encoders import Encoder, weights_file, weights_version
-from nucseg.experiments import Experiment
+from nucseg.experiments import RANDOM_STRATEGIES, Experiment
 from nucseg.inference import predict_all
 from nucseg.masks import holds_nucleus, synthesize_with_report
 from nucseg.mean_teacher import MeanTeacher
@@ -121,7 +121,7 @@ class Stages:
     def selected(self, experiment: Experiment) -> Result:
         """Choose the patches that an experiment annotates."""
         chosen = (experiment.selection, experiment.k1, experiment.k2, experiment.seed)
-        random = experiment.selection.startswith("random")
+        random = experiment.selection in RANDOM_STRATEGIES
         config = self.profile.selection
 
         def make(folder: Path) -> None:

@@ -495,5 +495,5 @@ def test_generating_before_training_says_so(training_set):
 
 
 def test_the_registry_names_every_row_of_table_ii():
-    assert set(REGISTRY) == {"csingan", "csingan-no-cwd", "singan", "pix2pix", "cyclegan"}
+    assert set(REGISTRY) >= {"csingan", "csingan-no-cwd", "singan", "pix2pix", "cyclegan"}
     assert config_class("csingan") is CSinGANConfig

@@ -13,6 +13,7 @@ from nucseg.pipeline import Pipeline
 from nucseg.profiles import load_profile
 from nucseg.pseudo import PseudoLabels
 from nucseg.results import RESULT_COLUMNS, RUN_COLUMNS, check_results
+from nucseg.selection import STRATEGIES
 
 PROFILE = load_profile(Path(__file__).parent / "tiny.yaml")
 
@@ -60,6 +61,16 @@ def test_a_nucleus_counts_as_annotated_once_however_many_patches_touch_it(pipeli
     beside = replace(first, col=first.col + 7 if first.col < 8 else first.col - 7)
     monkeypatch.setattr(pipeline, "selection", lambda _: replace(selection, patches=(first, beside)))
     assert set(pipeline.run(ours)["label_nuclei"]) == {touched([first, beside])}
+
+
+def test_a_strategy_of_ones_own_sees_the_profiles_features_whatever_its_name(pipeline, ours, dataset, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "random-of-clusters", STRATEGIES["k-center"])
+    other = Pipeline(replace(PROFILE, encoder="efficientnet_lite2"), dataset, device="cpu", results=pipeline.store.root)
+    mine = replace(ours, selection="random-of-clusters")
+    assert pipeline.selected(mine).key != other.selected(mine).key
+    assert other.selection(mine).switches["encoder"] == "efficientnet_lite2"
+    random = replace(ours, selection="random-crop")
+    assert pipeline.selected(random).key == other.selected(random).key
 
 
 def test_every_reported_run_is_described(pipeline, ours, rows):

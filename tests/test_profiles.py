@@ -1,9 +1,11 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from nucseg import models
 from nucseg.config import ConfigError
 from nucseg.encoders import EncoderError
 from nucseg.experiments import grid
@@ -11,6 +13,7 @@ from nucseg.paper import TABLES
 from nucseg.pipeline import Pipeline
 from nucseg.plans import experiments
 from nucseg.profiles import FOLDER, Mix, absolute_arguments, load_profile, names
+from nucseg.selection import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 PROFILES = names()
@@ -55,6 +58,43 @@ def test_the_silent_teacher_differs_from_the_other_in_its_weight_alone():
     other["pseudo"] = dataclasses.replace(silent.pseudo, teacher=teacher)
     assert dataclasses.replace(silent, **other) == speaking
     assert set(silent.grid.rows["III"]) < set(speaking.grid.rows["III"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("sample", "extends: sample", "'sample' is a profile that comes with nucseg, in whose tables"),
+        ("mine", "extends: sample\nname: h100", "'h100' is a profile that comes with nucseg"),
+        ("mine", "extends: sample\nname: ../../out", "the name '../../out' is to be a folder's"),
+        ("mine", "extends: sample\nmix: {}\ngrid: {}\nmix: {real: 1}", "'mix' stands twice, in lines 2 and 4"),
+        ("mine", "extends: sample\nweights: {efficientnet-lite0: a.pth}", "did you mean 'efficientnet_lite0'"),
+        (
+            "mine",
+            "extends: sample\nsegmenter_encoder: efficientnet_lit0",
+            "unknown encoder 'efficientnet_lit0'",
+        ),
+        ("mine", "extends: sample\ngrid: {seeds: [-1]}", "expected seeds of at least 0"),
+        ("mine", "extends: sample\nmask_count: 0", "mask_count must be at least 1"),
+        ("mine", "extends: sample\ntraining: {dist: {lr: 1e-3}}", "write 0.001 or 1.0e-3"),
+        ("mine", "extends: ./other.yaml", "one of your own has to be copied"),
+    ],
+)
+def test_what_would_be_lost_or_spoil_other_results_is_refused(tmp_path, name, text, message):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_profile(path)
+
+
+def test_the_example_in_the_page_of_profiles_loads(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    text = page.partition("```yaml\n")[2].partition("```")[0]
+    monkeypatch.setitem(models.REGISTRY, "mynet", models.REGISTRY["dist"])
+    monkeypatch.setitem(STRATEGIES, "mine", STRATEGIES["k-center"])
+    (tmp_path / "mine.yaml").write_text(text)
+    profile = load_profile(tmp_path / "mine.yaml")
+    assert {each.segmenter for each in grid("lab", profile.grid, ["III"])} >= {"mynet"}
+    assert profile.training_of("mynet").iterations == 300
 
 
 def test_fixed_pseudo_labels_are_no_round_of_full_supervision():

@@ -623,6 +623,18 @@ def test_patches_that_show_the_same_tissue_are_told(slides, tmp_path, monkeypatc
         workflow.select_patches(slides[0], tmp_path / "out", 5, strategy, PROFILE)
 
 
+def test_a_segmenter_without_a_schedule_says_how_long_it_will_train(training_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "nucseg.workflow.segmenter.models.build", lambda *a: (_ for _ in ()).throw(RuntimeError("begun"))
+    )
+    assert "dist" not in PROFILE.training
+    said = (
+        r"no schedule for dist: 5,000 iterations of 6 crops of 256 px; .*`training: \{dist: \{iterations: \.\.\.\}\}`"
+    )
+    with pytest.warns(UserWarning, match=said), pytest.raises(RuntimeError, match="begun"):
+        workflow.train_folder(training_set[0], tmp_path / "model", "dist", PROFILE)
+
+
 def test_notes_on_a_selection_are_in_plain_words():
     notes = {
         "candidates='with-largest' would choose 3 of 9 otherwise": [

@@ -7,10 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from nucseg.data.dataset import Sample
-from nucseg.data.images import ImageError, ImageWarning, used_bits
-from nucseg.data.sources import FileSource
-
-NAMED = 3  # images of a depth that are named
+from nucseg.data.images import ImageWarning, used_bits
+from nucseg.data.pixel_sizes import asked, named
 
 
 def check_depths(samples: Iterable[Sample]) -> None:
@@ -26,27 +24,14 @@ def check_depths(samples: Iterable[Sample]) -> None:
     """
     found: dict[int, list[str]] = defaultdict(list)
     for sample in samples:
-        if bits := _bits(sample):
+        if bits := asked(sample, used_bits):
             found[bits].append(sample.id)
     if len(found) < 2:
         return
-    groups = "; ".join(f"{len(ids)} use {bits} ({_named(ids)})" for bits, ids in sorted(found.items()))
+    groups = "; ".join(f"{len(ids)} use {bits} ({named(ids)})" for bits, ids in sorted(found.items()))
     warnings.warn(
         f"images of 16-bit pixels that use different numbers of bits, so that some are darker than others: {groups}. "
         "If one camera took them, save them all as 8-bit RGB with one range",
         ImageWarning,
         stacklevel=3,
     )
-
-
-def _bits(sample: Sample) -> int | None:
-    if not isinstance(sample.source, FileSource):
-        return None
-    try:
-        return used_bits(sample.source.image_path)
-    except (ImageError, OSError):  # whoever reads it will say so
-        return None
-
-
-def _named(ids: list[str]) -> str:
-    return ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")

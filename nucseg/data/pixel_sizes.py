@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,8 +13,10 @@ from nucseg.data.dataset import Sample
 from nucseg.data.images import ImageError, ImageWarning, pixel_size
 from nucseg.data.sources import FileSource
 
+T = TypeVar("T")
+
 APART = 1.2  # times: sizes further apart are another magnification, as 20x is of 40x; scanners of one differ by 10 %
-NAMED = 3  # images of a size that are named
+NAMED = 3  # images that are named of many
 
 
 def check_pixel_sizes(samples: Iterable[Sample]) -> None:
@@ -25,7 +29,7 @@ def check_pixel_sizes(samples: Iterable[Sample]) -> None:
     ImageWarning
         Once, with the sizes, how many images have each, and what to do.
     """
-    stated = sorted((size, sample.id) for sample in samples if (size := _stated(sample)) is not None)
+    stated = sorted((size, sample.id) for sample in samples if (size := asked(sample, pixel_size)) is not None)
     if not stated or stated[-1][0] <= APART * stated[0][0]:
         return
     groups: list[list[tuple[float, str]]] = []
@@ -42,17 +46,22 @@ def check_pixel_sizes(samples: Iterable[Sample]) -> None:
     )
 
 
-def _stated(sample: Sample) -> float | None:
+def asked(sample: Sample, question: Callable[[Path], T | None]) -> T | None:
+    """Return what a question about a sample's image file gives, None where there is no file or it cannot be read."""
     if not isinstance(sample.source, FileSource):
         return None
     try:
-        return pixel_size(sample.source.image_path)
-    except (ImageError, OSError):
+        return question(sample.source.image_path)
+    except (ImageError, OSError):  # whoever reads it will say so
         return None
+
+
+def named(image_ids: list[str]) -> str:
+    """Name the first few images, and say how many more there are."""
+    more = f" and {len(image_ids) - NAMED} more" if len(image_ids) > NAMED else ""
+    return ", ".join(image_ids[:NAMED]) + more
 
 
 def _described(group: list[tuple[float, str]]) -> str:
     size = float(np.median([size for size, _ in group]))
-    names = ", ".join(image_id for _, image_id in group[:NAMED])
-    more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
-    return f"{len(group)} of {size:.3g} µm ({names}{more})"
+    return f"{len(group)} of {size:.3g} µm ({named([image_id for _, image_id in group])})"

@@ -9,17 +9,20 @@ begins with ``extends: NAME`` names only what differs from that profile; there `
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 
 from nucseg import gan, models
 from nucseg.augment import AugmentConfig
 from nucseg.config import ConfigError, from_mapping, nearest
 from nucseg.data import NAMES, data_root
+from nucseg.encoders import EMBEDDED
 from nucseg.experiments import Experiment, GridSettings, experiments_of
 from nucseg.masks import MaskConfig
 from nucseg.paper import row
@@ -103,6 +106,8 @@ class Profile:
     minutes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.mask_count < 1:
+            raise ValueError(f"mask_count must be at least 1, got {self.mask_count}")
         if not self.grid.full_rounds:
             return
         if self.pseudo.method != "mean-teacher":
@@ -146,8 +151,8 @@ def load_profile(name: str | Path) -> Profile:
     Raises
     ------
     ConfigError
-        For an unknown profile, or a setting with an unknown name or a value of the wrong type or range; the message
-        names the nearest valid one.
+        For an unknown profile, one of a shipped profile's name, or a setting with an unknown name or a value of the
+        wrong type or range; the message names the nearest valid one.
     """
     path = FOLDER / f"{name}.yaml" if str(name) in names() else Path(name).expanduser()
     if path.suffix not in {".yaml", ".yml"} or not path.is_file():
@@ -155,7 +160,9 @@ def load_profile(name: str | Path) -> Profile:
     where = f"profile {path.stem}"
     values = _read(path, where)
     profile = from_mapping(Profile, {"name": path.stem, **values}, where)
+    _check_own_name(profile.name, path)
     _check_names(profile.training, models.REGISTRY, f"{where}.training")
+    _check_encoders([*profile.weights, profile.encoder, profile.segmenter_encoder], where)
     return replace(
         profile,
         weights={name: str(path.parent / Path(file).expanduser()) for name, file in profile.weights.items()},
@@ -186,7 +193,7 @@ def absolute_arguments(profile: str | Path, dataset: str, root: str) -> tuple[st
 
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {path} is no YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
@@ -195,7 +202,10 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     if base is None:
         return values
     if base not in names():
-        raise ConfigError(f"{where}: extends an unknown profile {base!r}; {nearest(str(base), names())}")
+        raise ConfigError(
+            f"{where}: extends an unknown profile {base!r}; {nearest(str(base), names())} "
+            "(one of your own has to be copied)"
+        )
     return _merged(_read(FOLDER / f"{base}.yaml", where), values)
 
 
@@ -204,6 +214,40 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     deeper = [k for k, v in changes.items() if v and isinstance(v, dict) and isinstance(base.get(k), dict)]
     both = {k: _merged(base[k], changes[k]) for k in deeper}
     return {**base, **changes, **both}
+
+
+class _OnceEach(yaml.SafeLoader):
+    """Plain values only, as `yaml.safe_load`; of two settings with one name it would drop the first, this refuses."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value!r} stands twice, in lines {seen[key.value]} and {line}: join the two")
+            seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def _check_own_name(name: str, path: Path) -> None:
+    """Refuse a name that would put results into another profile's folders, or outside of `runs/` and `tables/`."""
+    if not re.fullmatch(r"\w[\w .+=()-]*", name):
+        raise ConfigError(
+            f"{path}: the name {name!r} is to be a folder's: letters, digits, spaces and . + = ( ) - _ only"
+        )
+    if name in names() and path.resolve() != (FOLDER / f"{name}.yaml").resolve():
+        raise ConfigError(
+            f"{path}: {name!r} is a profile that comes with nucseg, in whose tables these results would stand; "
+            "give the file another name"
+        )
+
+
+def _check_encoders(values: Iterable[str], where: str) -> None:
+    own = {models.encoder_of(segmenter, "") for segmenter in models.REGISTRY} - {""}
+    for name in values:
+        if name not in EMBEDDED and name not in own and not timm.is_model(name):
+            known = [*EMBEDDED, *own, *timm.list_models()]
+            raise ConfigError(f"{where}: unknown encoder {name!r}; {nearest(name, known)}")
 
 
 def _check_names(values: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -20,7 +20,9 @@ from nucseg.selection.others import k_center, probcover, standardised, typiclust
 from nucseg.selection.pool import grid, image_shape, nuclear_content, windows
 from nucseg.selection.strategies import CPS_TERMS, Picks, Request, centre_crops, centre_rows, consistency, random_crops
 
-# Each takes a pool and a request and returns picks.
+# Each takes a pool and a request and returns picks. To add one, name it here and in the help of `--strategy`
+# (nucseg.commands.options). It gets the features of patches and of their sub-regions; nuclear content only where
+# `SelectionConfig.nuclei` asks for it.
 STRATEGIES: dict[str, Callable[[PatchFeatures, Request], Picks]] = {
     **{name: consistency(which) for name, which in CPS_TERMS.items()},
     "random-crop": random_crops,
@@ -31,7 +33,8 @@ STRATEGIES: dict[str, Callable[[PatchFeatures, Request], Picks]] = {
     "cps-standardised": standardised,
 }
 
-TWO_LEVELS = {*CPS_TERMS, "cps-standardised"}  # look at the sub-regions of patches
+ONE_LEVEL = {"random-crop", "random-centre-crop", "typiclust", "probcover", "k-center"}
+TWO_LEVELS = set(STRATEGIES) - ONE_LEVEL  # look at the sub-regions of patches
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,13 @@ def train_folder(
     pairs = _labelled_pairs(data, dataset)
     config, encoder = profile.segmenter(segmenter), profile.segmenter_encoder
     schedule, where = profile.training_of(segmenter), pick_device(device)
+    if segmenter not in profile.training:
+        warnings.warn(
+            f"profile {profile.name} has no schedule for {segmenter}: {schedule.iterations:,} iterations of "
+            f"{schedule.batch} crops of {schedule.crop} px; for another one add `training: {{{segmenter}: "
+            "{iterations: ...}}` to a profile of your own",
+            stacklevel=2,
+        )
     record = _record(segmenter, profile, data, len(pairs), others, seed)
     new_folder(out)
     views = unlabelled_views(others, UNLABELLED_PIXELS, seed)  # a damaged image is noticed before the first training

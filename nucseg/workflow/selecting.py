@@ -18,6 +18,7 @@ from nucseg.config import to_plain
 from nucseg.data import DataError, Sample
 from nucseg.devices import pick_device
 from nucseg.encoders import Encoder
+from nucseg.experiments import RANDOM_STRATEGIES
 from nucseg.files import write_text
 from nucseg.profiles import Profile
 from nucseg.progress import Task, say, task
@@ -75,7 +76,7 @@ def select_patches(
     new_folder(out)
     config, encoder = profile.selection, profile.encoder
     samples, left_out = _fit(samples, config.size, images)
-    if not strategy.startswith("random"):
+    if strategy not in RANDOM_STRATEGIES:
         encoder = Encoder(encoder, profile.weights.get(encoder), config.normalise)
     windows = sum(math.prod(len(positions(n, config.size, config.step)) for n in sample.shape) for sample in samples)
     say(f"{windows:,} windows of {config.size} px, {config.step} px apart, in {len(samples)} images")
