@@ -42,12 +42,12 @@ part kernels 60 "$python" -m pytest -q -W default -p no:cacheprovider tests/test
 part tests 90 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${side_by_side[@]}" "${files[@]}"
 part norm 30 "$python" tests/bench/bench_norm.py --out "$out/norm.json"
 part conv 30 "$python" tests/bench/bench_conv.py --out "$out/conv.json"
-part gan 90 "$python" tests/bench/bench_gan.py --seconds 4 --out "$out/gan.json"
+part gan 70 "$python" tests/bench/bench_gan.py --seconds 4 --out "$out/gan.json"
 part hovernet 40 "$python" tests/bench/bench_training.py --seconds 0.5 \
   --only "hovernet batch 32 bf16, graph, channels-last" --out "$out/hovernet.json"
 part mirrored 40 "$python" tests/bench/bench_training.py --seconds 0.5 \
   --only "hovernet mirrored batch 16 bf16, graph, channels-last" --out "$out/mirrored.json"
-part training 110 "$python" tests/bench/bench_training.py --out "$out/training.json"
+part training 90 "$python" tests/bench/bench_training.py --out "$out/training.json"
 part inference 50 "$python" tests/bench/bench_inference.py --images 4 --size 4000
 if [ -n "${NUCSEG_DATA:-}" ]; then
   part selection 75 "$python" tests/bench/bench_cps.py --random-weights --out "$out/selection.json"
