@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -199,7 +200,13 @@ def _same_shared_settings(profile: Profile, other: str, experiment: Experiment) 
         painted = shared_key(experiment)[-1]
         return (*what, of.masks, of.mask_count, of.synthesiser(painted)) if painted else what
 
-    return settings(profile) == settings(load_profile(other))
+    return settings(profile) == settings(_shipped(other))
+
+
+@cache
+def _shipped(profile: str) -> Profile:
+    """Read a profile once, however many of its runs are asked about."""
+    return load_profile(profile)
 
 
 def _runs_of(profile: str) -> pd.DataFrame | None:
