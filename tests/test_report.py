@@ -145,6 +145,8 @@ def test_a_difference_in_the_forest_is_that_of_its_two_rows():
     for name in ("II.naive", "VI.k1-9"):  # the same comparison, once the paper's and once ours
         found = frame.loc[name, ["mean difference", "CI low", "CI high"]].astype(float)
         assert tuple(found) == pytest.approx(expected[:3])
+    assert frame.loc[["II.naive", "VI.k1-9", "VI.k2-4"], "repeats"].tolist() == ["", "II", "II"]
+    assert frame.loc[["V.hovernet-ours", "III.full"], "repeats"].tolist() == ["III reversed", ""]
     own = lines[(lines["selection"] == "cps") & (lines["rounds"] == 1) & (lines["segmenter"] == "hoverlite")][
         "aji"
     ].mean()

@@ -136,7 +136,8 @@ def _budget_legend(curve: BudgetCurve, panels: Sequence[str]) -> list[Line2D | P
     made = [Line2D([], [], color=GREY, linewidth=1.6, marker="o", markersize=3, label=REFERENCE)]
     made += [Line2D([], [], color=FAINT, linewidth=1.0, label="the others")] * (len(panels) > 1)
     dot = {"linestyle": "", "marker": "o", "markersize": 3, "color": FAINT}
-    made += [Line2D([], [], **dot, label="strategies on one budget only")] * bool(points)
+    which = " and ".join(sorted(points)) if len(points) < 3 else "other strategies"
+    made += [Line2D([], [], **dot, label=f"{which}: on one budget only")] * bool(points)
     if (curve.points["seeds"] == 1).any():
         made += [Line2D([], [], color=GREY, linewidth=1.0, linestyle=(0, (1, 2)), label="one seed each")]
     if (curve.points["seeds"] > 1).any():
@@ -169,7 +170,8 @@ def forest_plot(frame: pd.DataFrame) -> Figure:
         Thin: the interval over images, its numbers beside it. The pale bar behind is the interval over seeds, where
         there are several. Blue where all intervals of a row lie above 0, vermilion where they lie below, else grey:
         the interval over images alone does not know the luck of the patches. Rows that are not compared are listed in
-        grey with the reason; of those that were not run only the number is told, where there are others.
+        grey with the reason, and one that repeats a comparison of an earlier table names that table; of those that were
+        not run only the number is told, where there are others.
     """
     frame, rest = _those_that_ran(frame)
     lines = _forest_lines(frame)
@@ -257,6 +259,8 @@ def _forest_row(axis: Axes, y: int, line: pd.Series, beside) -> None:
     axis.plot(mean, y, marker="o", markersize=4.5, color=colour, zorder=3)
     interval = "" if np.isnan(low) else f"  [{_signed(low)}, {_signed(high)}]"
     axis.text(1.02, y, f"{_signed(mean)}{interval}", color=INK, **text)
+    if line["repeats"]:
+        axis.text(1.42, y, f"as {line['repeats']}", color=GREY, style="italic", **text)
 
 
 def _signed(value: float) -> str:

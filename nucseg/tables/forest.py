@@ -44,13 +44,16 @@ def forest_frame(
         Columns ``table``, ``row``, ``id``, ``against`` (label of the reference, or nothing), ``mean difference``,
         ``CI low``, ``CI high`` (AJI, row minus reference; 95 % bootstrap interval over images), ``seeds CI low`` and
         ``seeds CI high`` (the same over seeds, NaN with fewer than two), ``images``, ``seeds``, and ``why``:
-        ``"reference"``, or why there is no difference; nothing where there is one. In the tables' order. A label of
+        ``"reference"``, or why there is no difference; nothing where there is one; ``repeats``: where two rows of an
+        earlier table compare the same runs, that table, ``"III reversed"`` where its reference is this row. In the
+        tables' order. A label of
         Table VI names the K1 in force, and the printed one where the dataset's K1 is another than the paper's.
     """
     results = check_results(results)
     lines = results[results["dataset"] == dataset]
     one_profile(lines)
     made = []
+    compared: dict[tuple, str] = {}
     for table in TABLES:
         if not any(settings.runs(row) for row in rows(table)):
             continue
@@ -58,15 +61,17 @@ def forest_frame(
         by_key = {one.row.key: one for one in measured}
         for one in measured:
             other = by_key.get(_reference(one) or "")
-            made.append(_line(table, one, other))
+            made.append({**_line(table, one, other), "repeats": _repeats(table, one, other, compared)})
     ours = strategy_frame(results, dataset, settings)
     if len(ours) and "mean difference" in ours:
         shown = ours.reindex(columns=["row", "id", *DIFFERENCE, "images", "seeds"])
-        shown = shown.assign(table=TABLE, against=REFERENCE, why="")
+        shown = shown.assign(table=TABLE, against=REFERENCE, why="", repeats="")
         own = shown["row"] == REFERENCE
         shown.loc[own, ["against", "why"]] = ["", "reference"]
         made += shown.to_dict("records")
-    return pd.DataFrame(made, columns=["table", "row", "id", "against", *DIFFERENCE, "images", "seeds", "why"])
+    return pd.DataFrame(
+        made, columns=["table", "row", "id", "against", *DIFFERENCE, "images", "seeds", "why", "repeats"]
+    )
 
 
 def _reference(one: Measured) -> str | None:
@@ -83,6 +88,16 @@ def _label(one: Measured) -> str:
     if not printed or int(printed[1]) == ours:
         return one.label
     return f"K1 = {ours} (paper: {printed[1]}){one.label[printed.end() :]}"
+
+
+def _repeats(table: str, one: Measured, other: Measured | None, compared: dict[tuple, str]) -> str:
+    """Return the earlier table in which the same runs were compared, and note what this one compares."""
+    if other is None or not one.found or one.found == other.found:
+        return ""
+    before = compared.get((one.found, other.found), "")
+    compared.setdefault((one.found, other.found), table)
+    compared.setdefault((other.found, one.found), f"{table} reversed")
+    return before if before.split()[0:1] != [table] else ""
 
 
 def _line(table: str, one: Measured, other: Measured | None) -> dict[str, object]:
