@@ -201,8 +201,6 @@ def test_wrong_settings_are_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{name} must be .*, got {value}"):
             DistConfig(**{name: value})
-    with pytest.raises(EncoderError, match="its encoder is 'unet', got 'resnet50'"):
-        Dist(encoder="resnet50")
     with pytest.raises(EncoderError, match=r"cannot use weights\.pt"):
         Dist(weights="weights.pt")
 

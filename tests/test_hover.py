@@ -14,7 +14,7 @@ from nucseg.labels import IGNORE
 from nucseg.models import REGISTRY, build, config_class
 from nucseg.models.hover import HoverConfig, hover_losses, hv_targets, instances_from_maps
 from nucseg.models.hoverlite import HoverLiteConfig
-from nucseg.models.hovernet import HoverNet, HoverNetConfig, _Grouped
+from nucseg.models.hovernet import HoverNetConfig, _Grouped
 from nucseg.models.maps import mark_the_rest
 from nucseg.norm_act import crop
 from nucseg.training import TrainingConfig, train
@@ -455,8 +455,6 @@ def test_hovernet_says_which_weights_it_started_from(tmp_path):
     torch.save({"conv0./.weight": torch.zeros(1)}, path)
     with pytest.raises(RuntimeError, match="no weights of a pre-activation ResNet50"):
         build("hovernet", weights=path)
-    with pytest.raises(RuntimeError, match="'hoverlite' takes any encoder"):
-        HoverNet(encoder="resnet50")
 
 
 def test_hovernets_weights_keep_the_names_that_saved_ones_have():

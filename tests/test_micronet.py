@@ -326,8 +326,6 @@ def test_wrong_settings_are_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{name} must be .*, got {value}"):
             MicroNetConfig(**{name: value})
-    with pytest.raises(EncoderError, match="its encoder is 'micronet', got 'resnet50'"):
-        MicroNet(encoder="resnet50")
     with pytest.raises(EncoderError, match=r"cannot use weights\.pt"):
         MicroNet(weights="weights.pt")
 

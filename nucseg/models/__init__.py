@@ -18,7 +18,7 @@ class Entry(NamedTuple):
     Attributes
     ----------
     own_encoder
-        Of an architecture that is its own encoder; "" takes any encoder by name.
+        Of an architecture that is its own encoder, whose class takes no `encoder`; "" takes any encoder by name.
     teachable
         Whether a mean teacher can teach it, as `nucseg.models.hover.HoverSegmenter` says.
     """
@@ -56,8 +56,8 @@ def build(
     name
         A key of `REGISTRY`.
     encoder
-        Name of a pretrained encoder of `nucseg.encoders`; None = the model's own default. ``hovernet`` is its own
-        encoder and leaves this aside, so that one profile can name an encoder for all its segmenters.
+        Name of a pretrained encoder of `nucseg.encoders`; None = the model's own default. Segmenters with an
+        `Entry.own_encoder` leave this aside, so that one profile can name an encoder for all its segmenters.
     config
         An instance of ``config_class(name)``; None = its defaults.
     weights

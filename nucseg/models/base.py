@@ -12,8 +12,6 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from nucseg.encoders import EncoderError
-
 
 class Instances(NamedTuple):
     """A prediction: a label map with ids 1..n, and the confidence of each nucleus."""
@@ -93,9 +91,3 @@ def origin(encoder: str, weights: str | Path | None, pretrained: bool) -> str:
     if not pretrained:
         return RANDOM
     return Path(weights).name if weights is not None else f"{encoder} (ImageNet)"
-
-
-def check_own_encoder(segmenter: str, own: str, encoder: str) -> None:
-    """Raise where another encoder is asked of an architecture that is its own."""
-    if encoder != own:
-        raise EncoderError(f"{segmenter}: its encoder is {own!r}, got {encoder!r}; 'hoverlite' takes any encoder")

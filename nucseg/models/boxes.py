@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nucseg.labels import IGNORE
+from nucseg.models.per_nucleus import nucleus_keys, pixel_positions
 from nucseg.recording import is_recording
 
 _SMOOTH_L1_BETA = 1 / 9  # torchvision's
@@ -54,31 +55,19 @@ def targets_from_labels(
     b, h, w = label_maps.shape
     device = label_maps.device
     ids = label_maps.long()
-    if largest_id is None:
-        largest_id = int(ids.max())
-    span = max(largest_id, 0) + 1
-    inside = ids > 0
-    # Other pixels get keys of their own, one a column: thousands of writes to one place would queue on a GPU.
-    key = torch.where(
-        inside, ids + span * torch.arange(b, device=device).view(b, 1, 1), span * b + torch.arange(w, device=device)
-    ).view(-1)
-    present = torch.zeros(span * b + w, dtype=torch.bool, device=device).index_fill_(0, key, True)
+    key, span, keys = nucleus_keys(ids, largest_id)
+    present = torch.zeros(keys, dtype=torch.bool, device=device).index_fill_(0, key, True)
     nuclei = present[: span * b].view(b, span)
     place = nuclei.cumsum(1) - 1
-    index = torch.where(inside, place.view(-1)[key.clamp(max=span * b - 1)].view(b, h, w) + 1, ids.clamp(max=0))
+    index = torch.where(ids > 0, place.view(-1)[key.clamp(max=span * b - 1)].view(b, h, w) + 1, ids.clamp(max=0))
     if most is None:
         most = max(1, int(nuclei.sum(dim=1).max()))
     index = torch.where(index > most, IGNORE, index)
 
-    column, row = (
-        torch.arange(w, device=device).expand(b, h, w),
-        torch.arange(h, device=device)[:, None].expand(b, h, w),
-    )
-    position = torch.stack((column, row), dim=-1).reshape(-1, 2)
+    position = pixel_positions(label_maps).T
     each = key[:, None].expand(-1, 2)
-    low = torch.full((span * b + w, 2), max(h, w), device=device).scatter_reduce(0, each, position, "amin")
-    high = torch.zeros((span * b + w, 2), dtype=torch.int64, device=device)
-    high = high.scatter_reduce(0, each, position + 1, "amax")
+    low = torch.full((keys, 2), max(h, w), device=device).scatter_reduce(0, each, position, "amin")
+    high = torch.zeros((keys, 2), dtype=torch.int64, device=device).scatter_reduce(0, each, position + 1, "amax")
     boxes = torch.zeros((b, most + 1, 4), device=device)  # the last place takes the ids that are not there
     slot = torch.where(nuclei, place, most).clamp(max=most)[..., None].expand(-1, -1, 4)
     boxes.scatter_(1, slot, torch.cat((low, high), dim=1)[: span * b].view(b, span, 4).float())

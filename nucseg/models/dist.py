@@ -35,12 +35,10 @@ from torch import Tensor, nn
 from nucseg.encoders import EncoderError
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
-from nucseg.models.base import Instances, check_own_encoder
+from nucseg.models.base import Instances
 from nucseg.models.decoder import block, to_multiple_of_32
 from nucseg.models.distances import distance_bounds
 from nucseg.models.maps import MapSegmenter, mark_the_rest, score_instances
-
-ENCODER = "unet"
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,6 @@ class Dist(MapSegmenter):
 
     Parameters
     ----------
-    encoder
-        Only ``"unet"``: the architecture is the encoder.
     config
         Every number.
     weights
@@ -106,14 +102,12 @@ class Dist(MapSegmenter):
 
     def __init__(
         self,
-        encoder: str = ENCODER,
         config: DistConfig | None = None,
         weights: str | Path | None = None,
         pretrained: bool = True,
     ):
         config = config or DistConfig()
         super().__init__(config.inference)
-        check_own_encoder("dist", ENCODER, encoder)
         if weights is not None and pretrained:
             raise EncoderError(f"dist: starts from random weights and cannot use {weights}")
         self.config = config

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nucseg.labels import IGNORE
+from nucseg.models.per_nucleus import nucleus_keys
 
 
 def distance_bounds(
@@ -54,8 +55,6 @@ def distance_bounds(
 
 def of_its_largest(distances: Float[Tensor, "b h w"], label_maps: Int[Tensor, "b h w"], largest_id: int) -> Tensor:
     """Divide the distances in each nucleus by their largest: 1 at its middle, 0 in the background, (b, h, w)."""
-    b = len(label_maps)
-    ids = label_maps.long().clamp(min=0) + (largest_id + 1) * torch.arange(b, device=label_maps.device).view(b, 1, 1)
-    largest = torch.zeros(b * (largest_id + 1), device=distances.device)
-    largest = largest.scatter_reduce(0, ids.view(-1), distances.reshape(-1), "amax")
-    return distances / largest[ids].clamp(min=1)
+    key, _, keys = nucleus_keys(label_maps.long(), largest_id)
+    largest = torch.zeros(keys, device=distances.device).scatter_reduce(0, key, distances.reshape(-1), "amax")
+    return distances / largest[key].view_as(distances).clamp(min=1)

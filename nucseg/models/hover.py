@@ -24,6 +24,7 @@ from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
 from nucseg.models.base import Instances
 from nucseg.models.maps import MapSegmenter, at_least, central, flood, score_instances
+from nucseg.models.per_nucleus import nucleus_keys, pixel_positions
 from nucseg.models.pieces import Pieces, filled, opened
 
 
@@ -178,21 +179,9 @@ def hv_targets(
     """
     b, h, w = label_maps.shape
     device = label_maps.device
-    ids = label_maps.long()
-    if largest_id is None:
-        largest_id = int(ids.max()) if ids.numel() else 0
-    span = max(largest_id, 0) + 1
-    inside = ids > 0
-    # Background pixels get keys of their own, one a column: thousands of additions to one place would queue on a GPU.
-    key = torch.where(
-        inside,
-        ids + span * torch.arange(b, device=device).view(b, 1, 1),
-        span * b + torch.arange(w, device=device),
-    ).view(-1)
-    keys = span * b + w
-    position = torch.stack((
-        torch.arange(w, device=device).expand(b, h, w), torch.arange(h, device=device)[:, None].expand(b, h, w)
-    )).reshape(2, -1)  # fmt: skip
+    inside = label_maps > 0
+    key, _, keys = nucleus_keys(label_maps.long(), largest_id)
+    position = pixel_positions(label_maps)
     count = torch.zeros(keys, dtype=torch.int64, device=device).index_add_(0, key, torch.ones_like(key))
     total = torch.zeros(2, keys, dtype=torch.int64, device=device).index_add_(1, key, position)
     centre = torch.floor(total / count.clamp(min=1) + 0.5).long()

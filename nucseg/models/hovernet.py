@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from nucseg.encoders import EncoderError, read_weights, weights_file
 from nucseg.inference import InferenceConfig
-from nucseg.models.base import check_own_encoder
 from nucseg.models.decoder import enlarge
 from nucseg.models.hover import HoverConfig, HoverSegmenter
 from nucseg.norm_act import NormAct, crop
@@ -62,8 +61,6 @@ class HoverNet(HoverSegmenter):
 
     Parameters
     ----------
-    encoder
-        Only ``"preact-resnet50"``: the architecture is the encoder.
     config
         Variant and settings.
     weights
@@ -81,14 +78,12 @@ class HoverNet(HoverSegmenter):
 
     def __init__(
         self,
-        encoder: str = ENCODER,
         config: HoverNetConfig | None = None,
         weights: str | Path | None = None,
         pretrained: bool = True,
     ):
         config = config or HoverNetConfig()
         super().__init__(config.hover, config.inference)
-        check_own_encoder("hovernet", ENCODER, encoder)
         self.config = config
         fast = config.mode == "fast"
         self.kernel, self.margin, self.stem = (3, 46, 0) if fast else (5, 95, 6)  # stem: pixels that the 7x7 eats

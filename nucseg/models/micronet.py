@@ -36,11 +36,9 @@ from torch import Tensor, nn
 from nucseg.encoders import EncoderError
 from nucseg.inference import InferenceConfig
 from nucseg.labels import IGNORE
-from nucseg.models.base import Instances, check_own_encoder
+from nucseg.models.base import Instances
 from nucseg.models.decoder import to_multiple_of_32
 from nucseg.models.maps import MapSegmenter, score_instances
-
-ENCODER = "micronet"
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,6 @@ class MicroNet(MapSegmenter):
 
     Parameters
     ----------
-    encoder
-        Only ``"micronet"``: the architecture is the encoder.
     config
         Every number.
     weights
@@ -120,14 +116,12 @@ class MicroNet(MapSegmenter):
 
     def __init__(
         self,
-        encoder: str = ENCODER,
         config: MicroNetConfig | None = None,
         weights: str | Path | None = None,
         pretrained: bool = True,
     ):
         config = config or MicroNetConfig()
         super().__init__(config.inference)
-        check_own_encoder("micronet", ENCODER, encoder)
         if weights is not None and pretrained:
             raise EncoderError(f"micronet: starts from random weights and cannot use {weights}")
         self.config = config

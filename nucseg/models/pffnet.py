@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from nucseg.models.boxes import Targets
 from nucseg.models.heads import conv, group_norm, kaiming
 from nucseg.models.maskrcnn import Features, MaskExamples, MaskRCNN, MaskRCNNConfig
+from nucseg.models.per_nucleus import nucleus_keys
 from nucseg.models.semantic import FusedMap, SemanticBranch, consistency_loss, enlarge, paste_masks, semantic_loss
 
 _STRIDES = (4, 8, 16, 32)  # C2 to C5
@@ -264,15 +265,9 @@ class QualityHead(nn.Module):
 def areas(targets: Targets) -> Float[Tensor, "b g"]:
     """Count the known pixels of each nucleus."""
     b, g = targets.valid.shape
-    device, w = targets.index.device, targets.index.shape[-1]
-    # Other pixels get keys of their own, one a column: thousands of additions to one place would queue on a GPU.
-    key = torch.where(
-        targets.index > 0,
-        targets.index - 1 + g * torch.arange(b, device=device).view(b, 1, 1),
-        g * b + torch.arange(w, device=device),
-    ).view(-1)
-    count = torch.zeros(g * b + w, device=device)
-    return count.scatter_add_(0, key, torch.ones_like(key, dtype=count.dtype))[: g * b].view(b, g)
+    key, span, keys = nucleus_keys(targets.index, g)
+    count = torch.zeros(keys, device=key.device)
+    return count.scatter_add_(0, key, torch.ones_like(key, dtype=count.dtype))[: span * b].view(b, span)[:, 1:]
 
 
 def mask_quality(
