@@ -34,7 +34,7 @@ def pack_package(folder: Path) -> None:
     """Copy the package and its licence; paths of weights in profiles mean nothing elsewhere and are left out."""
     source = Path(nucseg.__file__).parent
     for path in sorted(source.rglob("*")):
-        if path.suffix in (".py", ".csv", ".md"):
+        if path.suffix in (".py", ".csv", ".md", ".sh"):
             write(folder / "nucseg" / path.relative_to(source), path.read_bytes())
         elif path.suffix == ".yaml":
             write(folder / "nucseg" / path.relative_to(source), portable(path.read_text(encoding="utf-8")))
