@@ -11,7 +11,7 @@ from nucseg.results import read_results
 from nucseg.stats import seed_test
 from nucseg.store import published
 from nucseg.tables.pages import fill
-from nucseg.tables.reading import TABLES, choices, nuclei, recipes
+from nucseg.tables.reading import TABLES, choices, elsewhere, nuclei, recipes
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
@@ -57,6 +57,20 @@ def test_the_gain_by_the_teacher_is_paired_by_the_patches():
     assert cells[2] == printed(*seed_test(one, alone[one.index], same=True)[:3])
     assert cells[4] == printed(*seed_test(one, scores("sample-recipes", "all", 1))[:3])
     assert row(recipes(), "all labels")[3:5] == ["", ""]
+
+
+def test_another_segmenter_and_larger_patches_stand_beside_the_first():
+    cells = row(elsewhere(), "k-center")
+    first, rcnn, large = (
+        (scores(profile, "k-center", 0), scores(profile, "random-crop", 0))
+        for profile in ("sample-choices", "sample-choices-rcnn", "nine-cpu-choices")
+    )
+    assert cells[1] == row(choices(), "k-center")[1] == printed(*seed_test(*first)[:3])
+    new = [seed for seed in rcnn[0].index if seed not in (21, 100, 500, 1000)]
+    assert cells[2] == f"{rcnn[0].mean():.3f} ± {rcnn[0].std():.3f}"
+    assert cells[3:5] == [printed(*seed_test(*rcnn)[:3]), printed(*seed_test(*(each[new] for each in rcnn))[:3])]
+    assert cells[6] == printed(*seed_test(*large)[:3])
+    assert row(elsewhere(), "random crops")[1] == row(elsewhere(), "random crops")[6] == ""
 
 
 def test_what_leaving_out_patches_without_nuclei_gains_is_no_pair_since_other_patches_are_chosen():
