@@ -94,7 +94,9 @@ def test_every_profile_and_table_of_numbers_travels_with_the_package():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = settings["package-data"]["nucseg"]
     suffixes = {Path(pattern).suffix for pattern in patterns}
-    data = {p.suffix for p in (ROOT / "nucseg").rglob("*") if p.is_file() and p.suffix in {".csv", ".yaml", ".md", ".sh"}}
+    data = {
+        p.suffix for p in (ROOT / "nucseg").rglob("*") if p.is_file() and p.suffix in {".csv", ".yaml", ".md", ".sh"}
+    }
     assert data - suffixes <= {".md"}
 
 

@@ -93,23 +93,26 @@ def nuclei() -> str:
 
 
 def elsewhere(dataset: str = "kumar") -> str:
-    """Return each strategy's gain over random crops with another segmenter, and with larger patches."""
-    profiles = [measured_of(profile, dataset) for profile in (CHOICES, RCNN, LARGE)]
-    rcnn, large = profiles[1:]
+    """Return each strategy's gain over random crops with another segmenter and the same seeds, and with larger patches."""
+    first, rcnn, large = (measured_of(profile, dataset) for profile in (CHOICES, RCNN, LARGE))
     chance = f"S.{REFERENCE}"
-    pilot = set(load_profile(PILOT).grid.random_seeds)
-    seeds = [len(each[chance].found) for each in profiles]
-    header = ["patches", f"hoverlite, 128 px, {seeds[0]} seeds", f"Mask R-CNN, 128 px, {seeds[1]} seeds: AJI", "gain"]
-    header += [f"the {seeds[1] - len(pilot)} that the pilot did not have"]
-    header += [f"hoverlite, 256 px, {seeds[2]} seeds: AJI", "gain", "nuclei"]
+    seeds = {e.seed for e in rcnn[chance].found}
+    header = ["patches", f"hoverlite, 128 px, {len(seeds)} seeds", "Mask R-CNN, 128 px, the same seeds: AJI", "gain"]
+    header += [
+        "gain over seeds and images",
+        f"hoverlite, 256 px, {len(large[chance].found)} seeds: AJI",
+        "gain",
+        "nuclei",
+    ]
     lines = []
     for row in _by_score({dataset: rcnn}):
-        new = {e.seed for e in rcnn[row].found} - pilot
-        gains = [_difference(each[row], each[chance]) for each in profiles]
-        gains.append(_difference(of_seeds(rcnn[row], new), of_seeds(rcnn[chance], new)))
-        before, other, larger, fresh = gains if row != chance else [""] * 4
-        cells = [_word(row), before, _mean(rcnn[row]), other, fresh, _mean(large[row]), larger]
-        lines.append([*cells, f"{large[row].mean('label_nuclei')[0]:.0f}"])
+        before, other, both, larger = "", "", "", ""
+        if row != chance:
+            before = _difference(of_seeds(first[row], seeds), of_seeds(first[chance], seeds))
+            other, larger = (_difference(each[row], each[chance]) for each in (rcnn, large))
+            both = _over_both(rcnn[row], rcnn[chance])
+        outlined = f"{large[row].mean('label_nuclei')[0]:.0f}"
+        lines.append([_word(row), before, _mean(rcnn[row]), other, both, _mean(large[row]), larger, outlined])
     return _markdown(header, lines)
 
 
