@@ -93,7 +93,7 @@ def nuclei() -> str:
 
 
 def elsewhere(dataset: str = "kumar") -> str:
-    """Return each strategy's gain over random crops with another segmenter and the same seeds, and with larger patches."""
+    """Return each strategy's gain over random crops with another segmenter, and with larger patches."""
     first, rcnn, large = (measured_of(profile, dataset) for profile in (CHOICES, RCNN, LARGE))
     chance = f"S.{REFERENCE}"
     seeds = {e.seed for e in rcnn[chance].found}
