@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +53,49 @@ def test_processes_that_finish_predictions_do_not_get_in_the_way(tmp_path):
 
 def _write(folder, name):
     (Path(folder) / name).write_text(name)
+
+
+PARENT = """
+import sys
+from functools import partial
+sys.path.insert(0, sys.argv[1])
+from nucseg.runs.backends import run_all
+from test_backends import _write_and_wait
+run_all(partial(_write_and_wait, sys.argv[2]), ["a", "b"], jobs=2)
+"""
+
+
+def _write_and_wait(folder, name):
+    partly = Path(folder) / f".{name}"
+    partly.write_text(str(os.getpid()))
+    partly.rename(Path(folder) / name)
+    time.sleep(600)
+
+
+def test_processes_end_with_the_one_that_was_killed(tmp_path):
+    workers = [tmp_path / "a", tmp_path / "b"]
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path)])
+    try:
+        _until(lambda: all(worker.is_file() for worker in workers))
+    finally:
+        parent.kill()
+        parent.wait()
+    _until(lambda: not any(_alive(int(worker.read_text())) for worker in workers))
+
+
+def _until(done, seconds=120):
+    stop = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < stop
+        time.sleep(0.2)
+
+
+def _alive(pid):
+    try:
+        # Nobody may be there to collect an orphan's exit status: it has ended all the same.
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
 
 
 # Sockets and processes that dask closes late are its own affair.

@@ -7,8 +7,12 @@ each other's results in one shared folder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -85,6 +89,8 @@ def run_all(
         # One item is minutes of work: nothing is gained by handing out more than one to a worker, or ahead of time.
         as_they_come = "list" if backend == "ray" else "generator_unordered"
         parallel = Parallel(batch_size=1, pre_dispatch="n_jobs", return_as=as_they_come)
+        if backend == "loky":
+            work = functools.partial(_work_for, os.getpid(), work)
         try:
             for done, _ in enumerate(parallel(delayed(work)(item) for item in items), start=1):
                 progress(done, len(items))
@@ -103,6 +109,29 @@ def _loky(address: str, jobs: int, probe: Callable[[], str] | None, cuda: bool) 
     # for its own, which they are not.
     get_reusable_executor().shutdown()
     yield {"backend": "loky", "n_jobs": jobs or 1}
+
+
+def _work_for(parent: int, work: Callable[[T], Any], item: T) -> None:
+    """Do a piece of work in a process of this machine, which ends with the one that gave it the work."""
+    if os.getpid() != parent:
+        _end_with(parent)
+    work(item)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent.
+
+    A parent that was killed (by hand, by a scheduler, for lack of memory) tells its workers nothing, and each would go
+    on with its piece of work, for minutes and with its part of a GPU, beside the next start of the same command.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 @contextlib.contextmanager
